@@ -1,0 +1,1 @@
+"""What decides and records: parameters, tables, workers, tracking, the flow and the command line."""

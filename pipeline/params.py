@@ -1,0 +1,316 @@
+"""params.yaml as frozen, validated models.
+
+Every key is required and no other key is admitted: what the file says is the whole truth of what runs. Each
+stage reads its own section and nothing else, so DVC's `params:` entries say exactly what a stage depends on.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import ruamel.yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml.error import YAMLError
+
+SETS = ("train", "lfw", "ytf")
+
+NOTHING_LOCAL = "stages/download"
+"""Stands in `watch` where a set has no file on this machine that DVC could watch."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ParamsError(ValueError):
+    """params.yaml cannot be used; the message names the file, the key and what would be right."""
+
+
+class Section(BaseModel):
+    """A section of params.yaml: frozen, complete, and without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Synthetic(Section):
+    """Procedural faces, rendered by stages/download/synthetic.py."""
+
+    source: Literal["synthetic"]
+    watch: list[str]
+    seed: Seed
+    identities: Annotated[int, Field(ge=2)]
+    images: Count
+    """Photographs of an identity (train, lfw); frames of a video (ytf)."""
+    videos: Count
+    """Videos of an identity (ytf); 1 elsewhere."""
+    folds: Annotated[int, Field(ge=0)]
+    """Folds of the protocol's pairs; 0 for the training set, which has none."""
+    pairs: Annotated[int, Field(ge=0)]
+    """Pairs in a fold, half of them of the same person."""
+    size: Annotated[int, Field(ge=64, le=1024)]
+    """Side of a photograph in pixels."""
+
+
+class Local(Section):
+    """Photographs in a folder: `<identity>/<image>`, or `<identity>/<video>/<frame>` for ytf."""
+
+    source: Literal["folder"]
+    watch: list[str]
+    location: str
+    pairs: str | None
+    """pairs.txt (lfw) or splits.txt (ytf): a path or an address; null for train."""
+    pairs_sha256: Sha256 | None
+
+
+class Archive(Section):
+    """The same tree inside a zip, tar or tar.gz, on this machine or behind an address."""
+
+    source: Literal["archive"]
+    watch: list[str]
+    location: str
+    sha256: Sha256 | None
+    pairs: str | None
+    pairs_sha256: Sha256 | None
+
+
+Source = Annotated[Synthetic | Local | Archive, Field(discriminator="source")]
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is an http(s) address rather than something on this machine."""
+    return location.startswith(("http://", "https://"))
+
+
+def local_path(location: str) -> Path:
+    """The path of a location on this machine, given as a path or as a file:// address."""
+    return Path(location.removeprefix("file://"))
+
+
+class Download(Section):
+    """Where each set comes from."""
+
+    train: Source
+    lfw: Source
+    ytf: Source
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in SETS:
+            source: Synthetic | Local | Archive = getattr(self, name)
+            if isinstance(source, Synthetic):
+                self._check_synthetic(name, source)
+            elif (name == "train") != (source.pairs is None):
+                raise ValueError(f"{name}.pairs: null for train; the path or address of the pair list for lfw and ytf")
+            if source.watch != watched(source):
+                raise ValueError(
+                    f"{name}.watch: must name what lies on this machine, so that DVC notices when it changes: "
+                    f"{watched(source)}, not {source.watch}"
+                )
+        return self
+
+    @staticmethod
+    def _check_synthetic(name: str, source: Synthetic) -> None:
+        if (name == "train") != (source.folds == 0):
+            raise ValueError(f"{name}.folds: the training set has none (0), lfw and ytf need at least 2")
+        if name != "train" and (source.folds == 1 or source.pairs < 2 or source.pairs % 2):
+            raise ValueError(f"{name}: needs folds >= 2 and an even number of pairs in a fold, at least 2")
+
+
+def watched(source: Synthetic | Local | Archive) -> list[str]:
+    """What `watch` must say: the paths of the photographs and of the pair list, as DVC is to hash them.
+
+    Where there is no such file on this machine, the download stage's own code stands in, which DVC hashes anyway:
+    dvc.yaml can name only a fixed number of paths.
+    """
+    places = (None, None) if isinstance(source, Synthetic) else (source.location, source.pairs)
+    return [NOTHING_LOCAL if place is None or is_remote(place) else str(local_path(place)) for place in places]
+
+
+class Align(Section):
+    """MTCNN detection and the warp to the 112×112 template."""
+
+    min_face: Annotated[int, Field(ge=12)]
+    """Smallest face looked for, in pixels of the photograph."""
+    factor: Annotated[float, Field(gt=0, lt=1)]
+    """Ratio of neighbouring pyramid scales."""
+    thresholds: tuple[Share, Share, Share]
+    """Face probability above which P-, R- and O-Net keep a candidate."""
+    max_side: Annotated[int, Field(ge=112)]
+    """Photographs with a longer side than this, in pixels, are reduced for detection (never for the warp)."""
+    quality: Annotated[int, Field(ge=50, le=100)]
+    """JPEG quality of the aligned face."""
+
+
+class Shard(Section):
+    """Labels, split and the one global shuffle."""
+
+    seed: Seed
+    min_images: Count
+    """Identities with fewer aligned images are dropped."""
+    val_fraction: Annotated[float, Field(ge=0, lt=1)]
+    """Share of each identity's images kept for validation, rounded down."""
+    shard_rows: Count
+    row_group_rows: Count
+
+
+class Backbone(Section):
+    """The network from 112×112 pixels to an embedding."""
+
+    name: Literal["sphere64", "ir50", "small"]
+    embedding: Annotated[int, Field(ge=2)]
+    """Length of the embedding."""
+
+
+class Head(Section):
+    """The Large Margin Cosine Loss, CosFace Eq. 4."""
+
+    name: Literal["cosface"]
+    scale: Annotated[float, Field(gt=0)]
+    margin: Annotated[float, Field(ge=0, lt=2)]
+
+
+class Optimizer(Section):
+    """Stochastic gradient descent."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    clip_norm: Annotated[float, Field(gt=0)] | None
+    """Largest gradient norm; null for no limit, as in the paper."""
+
+
+class Schedule(Section):
+    """The paper's form: a rate divided at fixed iterations."""
+
+    iterations: Count
+    warmup: Annotated[int, Field(ge=0)]
+    """Iterations over which the rate rises linearly from zero."""
+    milestones: list[Count]
+    """Iterations after which the rate is multiplied by `factor`."""
+    factor: Annotated[float, Field(gt=0, lt=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must increase, not {list(self.milestones)}")
+        if self.milestones and self.milestones[-1] >= self.iterations:
+            raise ValueError(f"milestones must lie before iterations = {self.iterations}, not {list(self.milestones)}")
+        return self
+
+
+class Augment(Section):
+    """What happens to a training image before the network sees it."""
+
+    horizontal_flip: Share
+
+
+class Train(Section):
+    """Training by LMCL."""
+
+    seed: Seed
+    backbone: Backbone
+    head: Head
+    batch: Annotated[int, Field(ge=2)]
+    optimizer: Optimizer
+    schedule: Schedule
+    augment: Augment
+    precision: Literal["fp32", "bf16"]
+    """Of the backbone; the head always computes in fp32."""
+    log_every: Count
+    """Iterations between two rows of history.csv and MLflow."""
+    checkpoint_every: Count
+    """Iterations between two checkpoints."""
+
+
+class Evaluate(Section):
+    """Verification on LFW and YTF."""
+
+    flip: bool
+    """Concatenate the features of the image and its mirror image, as the paper does."""
+    batch: Count
+    fars: list[Annotated[float, Field(gt=0, lt=1)]]
+    """False accept rates at which the true accept rate is reported."""
+
+
+class Machine(Section):
+    """What runs where. Changes nothing that comes out, so no stage depends on it."""
+
+    workers: Count | None
+    """Processes for rendering, decoding and alignment; null for one a core."""
+    device: Literal["auto", "cpu", "cuda"]
+
+
+class Tracking(Section):
+    """MLflow. Where the store is, MLFLOW_TRACKING_URI says (default: sqlite:///mlflow.db)."""
+
+    enabled: bool
+    experiment: Annotated[str, Field(min_length=1)]
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    download: Download
+    align: Align
+    shard: Shard
+    train: Train
+    evaluate: Evaluate
+    machine: Machine
+    tracking: Tracking
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and validate params.yaml.
+
+    Raises:
+        ParamsError: the file is absent, is not YAML, or a key is missing, unknown or out of range; the message
+            names the file, each offending key, and what would be right.
+    """
+    try:
+        # YAML 1.2, as DVC reads it: the two must never see different values in one file.
+        content: Any = ruamel.yaml.YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ParamsError(f"{path}: no such file; `cosface recipe quickstart` writes the default one") from error
+    except YAMLError as error:
+        raise ParamsError(f"{path}: not valid YAML: {error}") from error
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise ParamsError(f"{path}:\n" + "\n".join(_explain(error))) from error
+
+
+def _explain(error: ValidationError) -> list[str]:
+    tags = {"synthetic", "folder", "archive"}
+    lines = []
+    for item in error.errors(include_url=False):
+        parts = item["loc"]
+        # pydantic puts the chosen source's name into the path; the file has no such level
+        key = ".".join(
+            str(part) for i, part in enumerate(parts) if not (i == 2 and parts[0] == "download" and part in tags)
+        )
+        match item["type"]:
+            case "extra_forbidden":
+                problem = f"unknown key (its value is {item['input']!r})"
+            case "missing":
+                problem = "missing"
+            case _:
+                problem = item["msg"].removeprefix("Value error, ")
+                if not isinstance(item["input"], dict):
+                    problem += f", not {item['input']!r}"
+        lines.append(f"  {key or '(top level)'}: {problem}")
+    return lines
+
+
+def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """A section by dotted names, `{"train.head.scale": 64.0, ...}`, as MLflow and reports show them."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{name}.{key}" if name else key)
+        else:
+            flat[name] = value
+
+    walk(section.model_dump(mode="json"), prefix)
+    return flat

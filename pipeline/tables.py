@@ -1,0 +1,199 @@
+"""The tables that pass between stages: schemas, atomic part files, and going on after an interruption.
+
+A table is a folder of `part-NNNNN.parquet`. A part appears under its name only when it is whole (written to a
+temporary name, then renamed), so that no reader ever sees half a file, and a killed stage goes on from the first
+missing part.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+log = logging.getLogger(__name__)
+
+RAW = pa.schema(
+    [
+        ("image_id", pa.string()),  # unique in its set: path inside the source without top folder and extension
+        ("identity", pa.string()),
+        ("video", pa.string()),  # `<identity>/<video>`; null for stills
+        ("frame", pa.int32()),  # null for stills
+        ("image", pa.binary()),  # the encoded bytes, untouched
+        ("sha256", pa.string()),  # of `image`
+    ]
+)
+PAIRS = pa.schema(
+    [
+        ("fold", pa.int32()),  # from 0
+        ("left", pa.string()),  # an image_id, or a video for ytf
+        ("right", pa.string()),
+        ("same", pa.bool_()),
+    ]
+)
+ALIGNED = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("identity", pa.string()),
+        ("video", pa.string()),
+        ("frame", pa.int32()),
+        ("sha256", pa.string()),  # of the source image
+        ("status", pa.string()),  # detected | fallback | no_face | unreadable
+        ("image", pa.binary()),  # 112×112 RGB JPEG; null for no_face and unreadable
+        ("box", pa.list_(pa.float32(), 4)),  # left, top, right, bottom in source pixels; null unless detected
+        ("landmarks", pa.list_(pa.float32(), 10)),  # x, y of the five points in source pixels; null unless detected
+        ("score", pa.float32()),  # O-Net face probability; null unless detected
+        ("faces", pa.int32()),  # how many faces were found in the photograph; null for unreadable
+        ("detail", pa.string()),  # why an image is unreadable; null otherwise
+    ]
+)
+EXAMPLES = pa.schema([("image", pa.binary()), ("label", pa.int32())])
+LABELS = pa.schema(
+    [
+        ("label", pa.int32()),  # null for a dropped identity
+        ("identity", pa.string()),
+        ("images", pa.int32()),  # in the aligned table, faces only
+        ("train", pa.int32()),
+        ("val", pa.int32()),
+        ("dropped", pa.string()),  # why; null for a kept identity
+    ]
+)
+
+PART_ROWS = 1000
+"""Rows of a part: the unit of work, of progress, and of what an interruption can cost."""
+PART_BYTES = 256 << 20
+"""A part closes earlier once its images reach this size, so that memory stays bounded for large photographs."""
+
+_PART = re.compile(r"part-(\d{5})\.parquet")
+
+
+class TableError(ValueError):
+    """A table on disk is absent, incomplete or of another schema; the message names the file and what to do."""
+
+
+def part_path(folder: Path, index: int) -> Path:
+    """Where part `index` of a table lies."""
+    return folder / f"part-{index:05d}.parquet"
+
+
+def write_table(path: Path, table: pa.Table, schema: pa.Schema, row_group_rows: int = PART_ROWS) -> None:
+    """Write a whole Parquet file atomically; the same table gives the same bytes.
+
+    Image columns hold compressed JPEG and stay as they are; the others are compressed by zstd.
+    """
+    with atomic(path) as temporary:
+        compression = {name: "NONE" if name == "image" else "ZSTD" for name in schema.names}
+        pq.write_table(
+            table.cast(schema),
+            temporary,
+            row_group_size=row_group_rows,
+            compression=compression,
+            use_dictionary=[name for name in schema.names if name in ("identity", "video", "status")],
+            write_statistics=[name for name in schema.names if name != "image"],
+        )
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; renamed to it when the block ends well, removed when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def parts(folder: Path) -> list[Path]:
+    """The parts of a table, in order.
+
+    Raises:
+        TableError: there are none, or one is missing in between.
+    """
+    found = sorted(path for path in folder.glob("part-*.parquet") if _PART.fullmatch(path.name))
+    if not found:
+        raise TableError(f"{folder}: no part-*.parquet; run `dvc repro` to make them")
+    for index, path in enumerate(found):
+        if path != part_path(folder, index):
+            raise TableError(f"{part_path(folder, index)}: missing, though {found[-1].name} is there; delete {folder}")
+    return found
+
+
+def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+    """Read one Parquet file, all columns or some.
+
+    Raises:
+        TableError: the file is absent, unreadable, or not of `schema`.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(schema):
+                raise TableError(f"{path}: has columns {file.schema_arrow.names}, expected {schema.names}")
+            return file.read(columns=columns)
+    except FileNotFoundError as error:
+        raise TableError(f"{path}: no such file; run `dvc repro` to make it") from error
+    except pa.ArrowInvalid as error:
+        raise TableError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def read_parts(folder: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+    """Read a whole table, all columns or some: for columns that fit into memory at any size of the set."""
+    return pa.concat_tables([read_table(path, schema, columns) for path in parts(folder)])
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(*content: Any, code: tuple[Path, ...] = ()) -> str:
+    """SHA-256 of JSON-serialisable values and of the Python files in `code` (folders or files)."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for root in code:
+        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+            digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def resumable(folder: Path, key: str) -> Iterator[None]:
+    """Hold `folder` for one writer, keeping what an interrupted run with the same key left in it.
+
+    `key` is a fingerprint of all that decides the folder's content. A folder begun under another key, or
+    finished before, is emptied first. The key lies beside the folder, not in it, so that what lies in it is
+    nothing but output. Another live writer of the same folder is waited for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder.with_name(f".{folder.name}.unfinished")
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        log.warning("%s: another process is writing here; waiting for it to end", folder)
+        lock.acquire()
+    try:
+        if marker.exists() and marker.read_text() == key:
+            log.info("%s: going on after an interrupted run", folder)
+            for stale in folder.glob(".*.tmp"):
+                stale.unlink()
+        else:
+            shutil.rmtree(folder)
+            folder.mkdir()
+            marker.write_text(key)
+        yield
+        marker.unlink()
+    finally:
+        lock.release()

@@ -1,0 +1,116 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ruamel.yaml
+
+from pipeline.params import ParamsError, flatten, load_params
+
+ROOT = Path(__file__).parents[2]
+
+
+def default() -> dict[str, Any]:
+    content: dict[str, Any] = ruamel.yaml.YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+    return content
+
+
+def load(tmp_path: Path, content: dict[str, Any]) -> Any:
+    path = tmp_path / "params.yaml"
+    with path.open("w") as file:
+        ruamel.yaml.YAML().dump(content, file)
+    return load_params(path)
+
+
+def test_flatten_gives_every_value_by_its_dotted_name() -> None:
+    flat = flatten(load_params(ROOT / "params.yaml"))
+    assert flat["train.head.scale"] == 64.0
+    assert flat["train.head.margin"] == 0.35
+    assert flat["align.thresholds"] == [0.6, 0.7, 0.7]
+    assert flat["download.lfw.folds"] == 10
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("train.head.margin", -1, r"train\.head\.margin: .*greater than or equal to 0, not -1"),
+    ("train.head.margn", 0.35, r"train\.head\.margn: unknown key \(its value is 0\.35\)"),
+    ("train.backbone.name", "vgg", r"train\.backbone\.name: .*'sphere64', 'ir50' or 'small', not 'vgg'"),
+    ("train.schedule.milestones", [300, 200], r"milestones must increase, not \[300, 200\]"),
+    ("train.schedule.milestones", [500], r"milestones must lie before iterations"),
+    ("shard.val_fraction", 1, r"shard\.val_fraction: .*less than 1"),
+    ("align.thresholds", [0.6, 0.7], r"align\.thresholds"),
+    ("download.train.source", "ftp", r"download\.train: .*'synthetic', 'folder', 'archive'"),
+    ("download.train.folds", 10, r"train\.folds: the training set has none"),
+    ("download.lfw.pairs", 7, r"lfw: needs folds >= 2 and an even number of pairs"),
+    ("download.lfw.imagse", 7, r"download\.lfw\.imagse: unknown key"),
+    ("nonsense", 1, r"nonsense: unknown key"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), WRONG, ids=[key for key, _, _ in WRONG])
+def test_a_wrong_value_is_named_and_explained(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    content = default()
+    section = content
+    *path, last = key.split(".")
+    for name in path:
+        section = section[name]
+    section[last] = value
+    with pytest.raises(ParamsError, match=message) as error:
+        load(tmp_path, content)
+    assert str(tmp_path / "params.yaml") in str(error.value)
+
+
+def every_key(content: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    keys = []
+    for name, value in content.items():
+        keys.append((*prefix, name))
+        if isinstance(value, dict):
+            keys += every_key(value, (*prefix, name))
+    return keys
+
+
+@pytest.mark.parametrize("key", every_key(default()), ids=".".join)
+def test_every_key_is_required(tmp_path: Path, key: tuple[str, ...]) -> None:
+    content = copy.deepcopy(default())
+    section = content
+    for name in key[:-1]:
+        section = section[name]
+    del section[key[-1]]
+    with pytest.raises(ParamsError, match=r"missing|Unable to extract tag"):
+        load(tmp_path, content)
+
+
+def given(location: str, pairs: str | None, watch: list[str]) -> dict[str, Any]:
+    common = {"source": "archive", "location": location, "sha256": None, "pairs": pairs, "pairs_sha256": None}
+    return common | {"watch": watch}
+
+
+@pytest.mark.parametrize(
+    ("location", "pairs", "watch"),
+    [
+        ("faces/lfw.tgz", "faces/pairs.txt", ["faces/lfw.tgz", "faces/pairs.txt"]),
+        ("file:///faces/lfw.tgz", "https://host/pairs.txt", ["/faces/lfw.tgz", "stages/download"]),
+        ("https://host/lfw.tgz", "faces/pairs.txt", ["stages/download", "faces/pairs.txt"]),
+    ],
+)
+def test_watch_must_name_what_is_local(tmp_path: Path, location: str, pairs: str, watch: list[str]) -> None:
+    content = default()
+    content["download"]["lfw"] = given(location, pairs, watch)
+    assert load(tmp_path, content).download.lfw.watch == watch
+    content["download"]["lfw"]["watch"] = ["stages/download", "stages/download"][: len(watch)]
+    with pytest.raises(ParamsError, match=r"lfw\.watch: must name what lies on this machine"):
+        load(tmp_path, content)
+
+
+def test_an_evaluation_set_needs_its_pairs(tmp_path: Path) -> None:
+    content = default()
+    content["download"]["lfw"] = given("a.zip", None, ["a.zip", "stages/download"])
+    with pytest.raises(ParamsError, match=r"lfw\.pairs: null for train"):
+        load(tmp_path, content)
+
+
+def test_files_that_are_no_parameters(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match="no such file; `cosface recipe quickstart`"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("a: [1,\n")
+    with pytest.raises(ParamsError, match="not valid YAML"):
+        load_params(tmp_path / "params.yaml")

@@ -1,0 +1,114 @@
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.tables import (
+    EXAMPLES,
+    LABELS,
+    TableError,
+    atomic,
+    fingerprint,
+    part_path,
+    parts,
+    read_parts,
+    read_table,
+    resumable,
+    write_table,
+)
+
+
+def table(start: int, count: int) -> pa.Table:
+    rows = [{"image": bytes([i % 256]) * 10, "label": i} for i in range(start, start + count)]
+    return pa.Table.from_pylist(rows, schema=EXAMPLES)
+
+
+def test_parts_come_back_in_order_and_whole(tmp_path: Path) -> None:
+    for index in (2, 0, 1):
+        write_table(part_path(tmp_path, index), table(10 * index, 10), EXAMPLES)
+    assert read_parts(tmp_path, EXAMPLES)["label"].to_pylist() == list(range(30))
+    assert read_parts(tmp_path, EXAMPLES, ["label"]).column_names == ["label"]
+
+
+def test_same_table_same_bytes_and_images_uncompressed(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_table(tmp_path / name, table(0, 50), EXAMPLES, row_group_rows=20)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    metadata = pq.ParquetFile(tmp_path / "a").metadata
+    assert metadata.num_row_groups == 3
+    assert metadata.row_group(0).column(0).compression == "UNCOMPRESSED"
+
+
+def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match="no part"):
+        parts(tmp_path)
+    write_table(part_path(tmp_path, 1), table(0, 1), EXAMPLES)
+    with pytest.raises(TableError, match=r"part-00000\.parquet: missing"):
+        parts(tmp_path)
+    with pytest.raises(TableError, match="expected"):
+        read_table(part_path(tmp_path, 1), LABELS)
+    part_path(tmp_path, 1).write_bytes(b"half a file")
+    with pytest.raises(TableError, match="not a readable Parquet file"):
+        read_table(part_path(tmp_path, 1), EXAMPLES)
+    with pytest.raises(TableError, match="no such file"):
+        read_table(tmp_path / "absent.parquet", EXAMPLES)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic(path) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_resumable_keeps_unfinished_work_of_the_same_key_only(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    for key, kept in (("a", False), ("a", True), ("b", False)):
+        with pytest.raises(KeyboardInterrupt), resumable(folder, key):  # noqa: PT012
+            assert part_path(folder, 0).exists() is kept
+            write_table(part_path(folder, 0), table(0, 1), EXAMPLES)
+            (folder / ".part-00001.parquet.99.tmp").write_text("half")
+            raise KeyboardInterrupt
+    with resumable(folder, "b"):
+        assert [path.name for path in folder.iterdir()] == ["part-00000.parquet"]
+    with resumable(folder, "b"):  # finished: whoever runs it again wants it anew
+        assert not list(folder.iterdir())
+
+
+def _hold(folder: Path) -> None:
+    with resumable(folder, "a"):
+        part_path(folder, 0).touch()
+        time.sleep(60)
+
+
+def test_a_killed_writer_frees_the_folder_and_leaves_its_parts(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_hold, args=(tmp_path / "out",))
+    process.start()
+    deadline = time.monotonic() + 30
+    while not part_path(tmp_path / "out", 0).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with resumable(tmp_path / "out", "a"):
+        assert part_path(tmp_path / "out", 0).exists()
+
+
+def test_fingerprint_sees_values_and_code(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1")
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "a.pyc").write_bytes(b"1")
+    one = fingerprint({"a": 1, "b": 2}, code=(tmp_path,))
+    assert one == fingerprint({"b": 2, "a": 1}, code=(tmp_path,))
+    assert one != fingerprint({"a": 1, "b": 3}, code=(tmp_path,))
+    (tmp_path / "a.py").write_text("x = 2")
+    assert one != fingerprint({"a": 1, "b": 2}, code=(tmp_path,))
