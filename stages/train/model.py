@@ -1,0 +1,87 @@
+"""The model: a backbone that takes pixels as they are, and its files.
+
+The input contract is uint8 RGB 112×112, aligned. `(x − 127.5) / 128` happens here and nowhere else, so training,
+evaluation and serving cannot differ.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model as load_tensors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline.params import Backbone
+from pipeline.tables import atomic
+from stages.train.backbones import build_backbone
+
+INPUT = {"shape": [3, 112, 112], "dtype": "uint8", "colour": "RGB", "normalisation": "inside: (x - 127.5) / 128"}
+
+
+class ModelError(ValueError):
+    """A model folder that cannot be used; the message names the file."""
+
+
+class FaceModel(nn.Module):
+    """Backbone behind the input contract."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of faces.
+
+        Args:
+            images: N×3×112×112 uint8, RGB, aligned.
+
+        Returns:
+            N×D float32 features, not normalised (flip-test concatenates before normalising).
+        """
+        return self.backbone((images.float() - 127.5) / 128).float()
+
+
+def build_model(params: Backbone) -> FaceModel:
+    """A freshly initialised model; its weights follow from torch's global random state."""
+    return FaceModel(build_backbone(params))
+
+
+def save_model(folder: Path, model: FaceModel, head: nn.Module, description: dict[str, Any]) -> None:
+    """Write backbone.safetensors, head.safetensors and model.json, each atomically; the description comes last."""
+    for name, module in (("backbone", model.backbone), ("head", head)):
+        tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+        with atomic(folder / f"{name}.safetensors") as path:
+            save_file(tensors, path)
+    with atomic(folder / "model.json") as path:
+        path.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+
+
+def load_model(folder: Path, device: torch.device) -> FaceModel:
+    """The trained model of a folder, in evaluation mode.
+
+    Raises:
+        ModelError: model.json or backbone.safetensors is absent or does not belong to this code.
+    """
+    try:
+        description = json.loads((folder / "model.json").read_text())
+        model = build_model(Backbone.model_validate(description["backbone"]))
+        load_tensors(model.backbone, folder / "backbone.safetensors")
+    except FileNotFoundError as error:
+        raise ModelError(f"{error.filename}: no such file; `dvc repro train` makes it") from error
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: not a model of this pipeline: {error}") from error
+    return model.to(device).eval()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `machine.device`: auto takes a GPU where there is one.
+
+    Raises:
+        ModelError: cuda was asked for and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("machine.device: cuda was asked for, but torch sees no GPU; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
