@@ -11,6 +11,8 @@ import ruamel.yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml.error import YAMLError
 
+from pipeline.errors import InputError
+
 SETS = ("train", "lfw", "ytf")
 
 NOTHING_LOCAL = "stages/download"
@@ -22,7 +24,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class ParamsError(ValueError):
+class ParamsError(InputError):
     """params.yaml cannot be used; the message names the file, the key and what would be right."""
 
 

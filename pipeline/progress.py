@@ -11,16 +11,19 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 15
-LINE = "{desc}: {n_fmt}/{total_fmt}{unit}, {rate_fmt}, {elapsed} so far, {remaining} left{postfix}"
+LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {elapsed} so far, {remaining} left{postfix}"
 
 
 class _Lines(tqdm):
     """tqdm that writes log lines instead of redrawing one."""
 
+    said = -1
+
     def display(self, *_: Any, **__: Any) -> None:
-        """Log where we are, once there is something to tell."""
-        if self.n:
+        """Log where we are, once there is something new to tell."""
+        if self.n > max(self.initial, self.said):
             log.info(str(self))
+            self.said = self.n
 
 
 def progress(items: Iterable[T], *, total: int | None, label: str, unit: str) -> Iterator[T]:
@@ -45,7 +48,7 @@ def bar(*, total: int | None, label: str, unit: str, initial: int = 0) -> "tqdm[
         total=total,
         initial=initial,
         desc=label,
-        unit=f" {unit}",
+        unit=f" {unit}" if terminal else unit,
         dynamic_ncols=terminal,
         mininterval=0.2 if terminal else SECONDS_BETWEEN_LINES,
         maxinterval=SECONDS_BETWEEN_LINES,

@@ -20,6 +20,8 @@ import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import InputError
+
 log = logging.getLogger(__name__)
 
 RAW = pa.schema(
@@ -68,7 +70,7 @@ LABELS = pa.schema(
     ]
 )
 
-PART_ROWS = 1000
+PART_ROWS = 500
 """Rows of a part: the unit of work, of progress, and of what an interruption can cost."""
 PART_BYTES = 256 << 20
 """A part closes earlier once its images reach this size, so that memory stays bounded for large photographs."""
@@ -76,7 +78,7 @@ PART_BYTES = 256 << 20
 _PART = re.compile(r"part-(\d{5})\.parquet")
 
 
-class TableError(ValueError):
+class TableError(InputError):
     """A table on disk is absent, incomplete or of another schema; the message names the file and what to do."""
 
 

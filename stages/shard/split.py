@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from pipeline.errors import InputError
 from pipeline.params import Shard
 from pipeline.tables import LABELS
 
 
-class ShardError(ValueError):
+class ShardError(InputError):
     """The aligned faces cannot be made into a training set; the message says why."""
 
 

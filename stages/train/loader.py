@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.executor import cores
 from pipeline.params import Augment
+from pipeline.tables import TableError
 from stages.shard.reader import Example, Group, read_batches, read_in_order
 from stages.train.augment import Augmenter
 
@@ -35,11 +36,11 @@ def decode(image: bytes) -> np.ndarray:
     """An aligned face as 112×112×3 uint8 RGB.
 
     Raises:
-        ValueError: the bytes are not an image of that size, which the shard stage never writes.
+        TableError: the bytes are not an image of that size, which the shard stage never writes.
     """
     pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB)
     if pixels is None or pixels.shape != (112, 112, 3):
-        raise ValueError(f"a shard holds {len(image)} bytes that are not a 112×112 image; delete data/shards")
+        raise TableError(f"a shard holds {len(image)} bytes that are not a 112×112 image; delete data/shards")
     return pixels
 
 

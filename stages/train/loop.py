@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import InputError
 from pipeline.params import Train
 from pipeline.progress import bar
 from stages.shard.reader import Group
@@ -24,7 +25,7 @@ from stages.train.schedule import learning_rate
 log = logging.getLogger(__name__)
 
 
-class TrainingError(ValueError):
+class TrainingError(InputError):
     """Training cannot go on; the message says at which iteration, and what to try."""
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_model as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.errors import InputError
 from pipeline.params import Backbone
 from pipeline.tables import atomic
 from stages.train.backbones import build_backbone
@@ -21,7 +22,7 @@ from stages.train.backbones import build_backbone
 INPUT = {"shape": [3, 112, 112], "dtype": "uint8", "colour": "RGB", "normalisation": "inside: (x - 127.5) / 128"}
 
 
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model folder that cannot be used; the message names the file."""
 
 

@@ -1,0 +1,9 @@
+"""Failures a person can mend."""
+
+
+class InputError(ValueError):
+    """Something given cannot be used: a file, a parameter, a machine without what was asked for.
+
+    The message names it and says what would be right. Commands print the message alone and exit with 1; any other
+    exception is a defect of ours and keeps its traceback.
+    """
