@@ -1,0 +1,230 @@
+"""download: photographs from anywhere become data/raw, a table of their untouched bytes.
+
+an address      fetch.py          a file on this machine, checked
+a file, folder  archives.py       a stream of members: name and bytes
+a name          layouts.py        image, identity, video and frame
+a pair list     protocols.py      pairs of images or videos
+a seed          synthetic.py      photographs of procedural faces
+"""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import count, islice, takewhile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import tables
+from pipeline.executor import run_all
+from pipeline.params import Archive, Local, Machine, Synthetic, local_path
+from pipeline.progress import progress
+from stages.download import synthetic
+from stages.download.archives import Member, archive_members, folder_digest, folder_members
+from stages.download.errors import SourceError
+from stages.download.fetch import Obtained, Wanted, obtain
+from stages.download.layouts import EXPECTED, Ids, ids, why_skipped
+from stages.download.protocols import Pair, check_pairs, pairs_table, read_pairs
+
+__all__ = ["SourceError", "run"]
+
+log = logging.getLogger(__name__)
+
+CODE = Path(__file__).parent
+
+
+@dataclass
+class Contents:
+    """What a source turned out to hold: names only, so that it stays small for half a million images."""
+
+    paths: dict[str, str] = field(default_factory=dict)
+    """Where each image lies in the source, by image_id."""
+    identities: set[str] = field(default_factory=set)
+    videos: set[str] = field(default_factory=set)
+    skipped: Counter[str] = field(default_factory=Counter)
+    """How many members were no photographs, by reason."""
+    examples: list[str] = field(default_factory=list)
+    """The first files that were skipped."""
+
+    def add(self, found: Ids, path: str) -> None:
+        """Take note of an image.
+
+        Raises:
+            SourceError: another one has the same id.
+        """
+        if found.image_id in self.paths:
+            raise SourceError(
+                f"{self.paths[found.image_id]} and {path} would both be the image {found.image_id}; keep one of them"
+            )
+        self.paths[found.image_id] = path
+        self.identities.add(found.identity)
+        if found.video is not None:
+            self.videos.add(found.video)
+
+    def skip(self, reason: str, member: Member) -> None:
+        """Take note of a member that is no photograph."""
+        self.skipped[reason] += 1
+        if member.regular and len(self.examples) < 3:
+            self.examples.append(member.name)
+
+
+def run(
+    set_name: str,
+    source: Synthetic | Local | Archive,
+    out: Path,
+    machine: Machine,
+    downloads: Path = Path("data/downloads"),
+) -> None:
+    """Write `part-NNNNN.parquet` and, for lfw and ytf, `pairs.parquet`.
+
+    The same source gives the same bytes, on any number of workers; a killed run goes on with the first missing part.
+
+    Args:
+        set_name: train, lfw or ytf.
+        source: the set's section of params.yaml.
+        out: folder of the raw set.
+        machine: section machine of params.yaml.
+        downloads: where files lie while they are fetched and read; they are removed when the set is complete.
+
+    Raises:
+        SourceError: the source is absent, damaged, of another layout, or does not fit its pair list.
+    """
+    if isinstance(source, Synthetic):
+        _run_synthetic(set_name, source, out, machine)
+    else:
+        _run_photographs(set_name, source, out, downloads)
+
+
+def _run_synthetic(set_name: str, params: Synthetic, out: Path, machine: Machine) -> None:
+    """Render the parts, each in some worker process."""
+    contents, photographs = Contents(), synthetic.photographs(params, set_name)
+    pairs = None if set_name == "train" else synthetic.protocol(params, set_name)
+    for photograph in photographs:
+        contents.add(_ids(photograph), photograph.image_id)
+    with tables.resumable(out, tables.fingerprint(set_name, params.model_dump(exclude={"watch"}), code=(CODE,))):
+        tasks = [
+            (path, params, photographs[start : start + tables.PART_ROWS])
+            for index, start in enumerate(range(0, len(photographs), tables.PART_ROWS))
+            if not (path := tables.part_path(out, index)).exists()
+        ]
+        run_all(_render_part, tasks, workers=machine.workers, label=f"{set_name}: rendering", unit="parts")
+        if pairs is not None:
+            tables.write_table(out / "pairs.parquet", pairs, tables.PAIRS)
+    _report(set_name, contents, params.folds * params.pairs)
+
+
+def _render_part(path: Path, params: Synthetic, photographs: list[synthetic.Photograph]) -> None:
+    images = synthetic.render_part(params, photographs)
+    _write_part(path, [(_ids(photograph), image) for photograph, image in zip(photographs, images, strict=True)])
+
+
+def _ids(photograph: synthetic.Photograph) -> Ids:
+    return Ids(photograph.image_id, photograph.identity, photograph.video, photograph.frame)
+
+
+def _run_photographs(set_name: str, source: Local | Archive, out: Path, downloads: Path) -> None:
+    """Read a folder or an archive, once its pair list is known to be well-formed."""
+    obtained: list[Obtained] = []
+    pairs: list[Pair] = []
+    key = f"download.{set_name}"
+    if source.pairs is not None:
+        wanted = Wanted(source.pairs, source.pairs_sha256, f"{key}.pairs", f"{key}.pairs_sha256")
+        obtained.append(obtain(wanted, downloads))
+        pairs = read_pairs(set_name, obtained[-1].path, source.pairs)
+    if isinstance(source, Archive):
+        wanted = Wanted(source.location, source.sha256, f"{key}.location", f"{key}.sha256")
+        obtained.append(obtain(wanted, downloads))
+        content, members = obtained[-1].sha256, archive_members(obtained[-1].path)
+    else:
+        folder = local_path(source.location)
+        if not folder.is_dir():
+            raise SourceError(f"{folder}: no such folder; set {key}.location in params.yaml to where it is")
+        content, members = folder_digest(folder), folder_members(folder)
+    contents = Contents()
+    with tables.resumable(out, tables.fingerprint(set_name, content, code=(CODE,))):
+        _write_parts(set_name, out, _photographs(set_name, members, contents))
+        _check(set_name, source, contents)
+        if source.pairs is not None:
+            known = contents.videos if set_name == "ytf" else contents.paths
+            check_pairs(pairs, known, source.pairs, source.location)
+            tables.write_table(out / "pairs.parquet", pairs_table(pairs), tables.PAIRS)
+    for file in obtained:
+        file.discard()
+    _report(set_name, contents, len(pairs))
+
+
+def _photographs(set_name: str, members: Iterable[Member], contents: Contents) -> Iterator[tuple[Ids, Member]]:
+    """The photographs among the members, with their ids; all that is met goes into `contents`."""
+    for member in members:
+        reason = why_skipped(set_name, member.name) if member.regular else "folders, links and devices"
+        if reason is not None:
+            contents.skip(reason, member)
+            continue
+        try:
+            found = ids(set_name, member.name)
+            contents.add(found, member.name)
+        except SourceError as error:
+            raise SourceError(f"{member.source}: {error}") from None
+        if member.size > tables.PART_BYTES:  # a part must hold it
+            raise SourceError(f"{member.source}: {member.name} is no photograph: {member.size:,} bytes")
+        yield found, member
+
+
+def _write_parts(set_name: str, out: Path, photographs: Iterator[tuple[Ids, Member]]) -> None:
+    """Write the parts that are not there yet.
+
+    A part ends by its own rows and bytes alone, so what an interrupted run left tells where the next one begins.
+    """
+    finished = _finished(out)
+    done = sum(finished)
+    path = tables.part_path(out, len(finished))
+    rows: list[tuple[Ids, bytes]] = []
+    size = 0
+    remaining = islice(photographs, done, None)
+    for found, member in progress(remaining, total=None, label=f"{set_name}: reading", unit="images"):
+        image = member.read()
+        rows.append((found, image))
+        size += len(image)
+        if len(rows) == tables.PART_ROWS or size >= tables.PART_BYTES:
+            _write_part(path, rows)
+            finished.append(len(rows))
+            path, rows, size = tables.part_path(out, len(finished)), [], 0
+    if rows:
+        _write_part(path, rows)
+
+
+def _finished(out: Path) -> list[int]:
+    """Rows of each part there is, up to the first missing one."""
+    paths = (tables.part_path(out, index) for index in count())
+    return [pq.read_metadata(path).num_rows for path in takewhile(Path.exists, paths)]
+
+
+def _write_part(path: Path, rows: list[tuple[Ids, bytes]]) -> None:
+    """Write photographs as a part, each with its hash."""
+    columns = zip(*((*found, image, hashlib.sha256(image).hexdigest()) for found, image in rows), strict=True)
+    arrays = [pa.array(column, type_) for column, type_ in zip(columns, tables.RAW.types, strict=True)]
+    tables.write_table(path, pa.Table.from_arrays(arrays, schema=tables.RAW), tables.RAW)
+
+
+def _check(set_name: str, source: Local | Archive, contents: Contents) -> None:
+    """Refuse a source that holds nothing to work with."""
+    if not contents.paths:
+        found = ", ".join(contents.examples) or "no files"
+        raise SourceError(f"{source.location}: no images; expected .../{EXPECTED[set_name]}, found {found}")
+    if set_name == "train" and len(contents.identities) < 2:
+        raise SourceError(
+            f"{source.location}: only one identity, {min(contents.identities)}; training needs at least 2. "
+            f"Expected .../{EXPECTED[set_name]}, found {next(iter(contents.paths.values()))}"
+        )
+
+
+def _report(set_name: str, contents: Contents, pairs: int) -> None:
+    counts = [f"{len(contents.paths):,} images", f"{len(contents.identities):,} identities"]
+    counts += [f"{len(contents.videos):,} videos"] if contents.videos else []
+    counts += [f"{pairs:,} pairs"] if pairs else []
+    log.info("%s: %s", set_name, ", ".join(counts))
+    if contents.skipped:
+        log.info("%s: skipped %s", set_name, ", ".join(f"{n:,} {why}" for why, n in contents.skipped.most_common()))

@@ -1,0 +1,149 @@
+"""A folder, zip or tar becomes a stream of members, one in memory at a time. Nothing is ever unpacked to disk."""
+
+import hashlib
+import lzma
+import os
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+from stages.download.errors import SourceError
+
+# RuntimeError is how zipfile refuses encrypted members and unknown compression, ValueError names that are no text.
+_BROKEN = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Something in a folder or archive."""
+
+    source: Path
+    name: str
+    """Path inside the source, folders separated by `/`."""
+    size: int
+    """In bytes, as the source says."""
+    regular: bool
+    """A plain file: no folder, link or device."""
+    content: Callable[[], bytes]
+
+    def read(self) -> bytes:
+        """The bytes; to be asked for before the next member is.
+
+        Raises:
+            SourceError: the source is cut short, damaged or encrypted here.
+        """
+        try:
+            return self.content()
+        except _BROKEN as error:
+            raise _broken(self.source, f"cannot read {self.name}", error) from error
+
+
+def _broken(source: Path, what: str, error: Exception) -> SourceError:
+    return SourceError(
+        f"{source}: {what}: {error or type(error).__name__}. If it is cut short or damaged, get it again"
+    )
+
+
+def folder_members(folder: Path) -> Iterator[Member]:
+    """What lies in a folder at any depth, in sorted order; links are not followed."""
+    for name, entry in _walk(folder, ""):
+        regular = entry.is_file(follow_symlinks=False)
+        size = entry.stat().st_size if regular else 0
+        yield Member(folder, name, size, regular, Path(entry.path).read_bytes)
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of the names, sizes and modification times in a folder: changes when its content does."""
+    digest = hashlib.sha256()
+    for name, entry in _walk(folder, ""):
+        about = entry.stat(follow_symlinks=False)
+        digest.update(os.fsencode(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\0"))
+    return digest.hexdigest()
+
+
+def _walk(folder: Path | str, prefix: str) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(entry.path, f"{prefix}{entry.name}/")
+        else:
+            yield prefix + entry.name, entry
+
+
+def archive_members(archive: Path) -> Iterator[Member]:
+    """What lies in a zip or a tar (plain, gz, bz2 or xz; told by content, not by name), in the archive's order.
+
+    Raises:
+        SourceError: it is neither, or it is cut short or damaged; between two members too, and at the end.
+    """
+    with archive.open("rb") as file:
+        zipped = file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+    place = "cannot be read"
+    try:
+        for member in _zip_members(archive) if zipped else _tar_members(archive):
+            place = f"cannot be read beyond {member.name}"
+            yield member
+    except _BROKEN as error:
+        raise _broken(archive, place, error) from error
+
+
+def _zip_members(archive: Path) -> Iterator[Member]:
+    with zipfile.ZipFile(archive) as file:
+        for info in file.infolist():
+            link = stat.S_ISLNK(info.external_attr >> 16)  # where Unix zips keep a member's mode
+            yield Member(archive, info.filename, info.file_size, not (link or info.is_dir()), partial(file.read, info))
+
+
+def _tar_members(archive: Path) -> Iterator[Member]:
+    with _open_tar(archive) as file:
+        while (info := file.next()) is not None:
+            yield Member(archive, info.name, info.size, info.isreg(), partial(_tar_content, file, info))
+            file.members.clear()  # type: ignore[attr-defined]  # or it would remember half a million
+        # The end of a compressed tar holds its checksum, which is compared when it is read.
+        assert file.fileobj is not None
+        while file.fileobj.read(_CHUNK):
+            pass
+
+
+def _open_tar(archive: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(archive, tarinfo=_StrictInfo)
+    except tarfile.ReadError as error:  # it lists what each kind of tar lacks
+        raise tarfile.ReadError("neither a zip nor a tar (plain, gz, bz2 or xz)") from error
+
+
+def _tar_content(file: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    content = file.extractfile(info)
+    assert content is not None  # a regular member has content
+    return content.read()
+
+
+class _StrictInfo(tarfile.TarInfo):
+    """A header that only the end mark may end: tarfile takes a damaged or missing one for the end as well."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        """Read the next header."""
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error

@@ -1,0 +1,7 @@
+"""What this stage raises when a source cannot be used."""
+
+from pipeline.errors import InputError
+
+
+class SourceError(InputError):
+    """A source of photographs or pairs cannot be used; the message names it and says what would be right."""

@@ -1,0 +1,85 @@
+"""A path inside a source becomes ids, by the layouts in which face sets are handed round.
+
+    train   CASIA-WebFace/0000045/001.jpg                                  image 0000045/001
+    lfw     lfw/Abel_Pacheco/Abel_Pacheco_0001.jpg                         image Abel_Pacheco/Abel_Pacheco_0001
+    ytf     YouTubeFaces/frame_images_DB/Abel_Pacheco/0/0.15.jpg           image Abel_Pacheco/0/0.15, video
+                                                                           Abel_Pacheco/0, frame 15
+
+The last folders count, whatever is above them.
+"""
+
+import re
+from posixpath import splitext
+from typing import NamedTuple
+
+from stages.download.errors import SourceError
+
+EXPECTED = {
+    "train": "<identity>/<image>.jpg",
+    "lfw": "<identity>/<identity>_0001.jpg",
+    "ytf": "<identity>/<video>/<frame number>.jpg",
+}
+"""What the paths of each set end in."""
+
+IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+
+_DEPTH = {"train": 2, "lfw": 2, "ytf": 3}
+_FRAME = re.compile(r"\d+$", re.ASCII)
+
+
+class Ids(NamedTuple):
+    """The first columns of a raw row."""
+
+    image_id: str
+    identity: str
+    video: str | None
+    frame: int | None
+
+
+def why_skipped(set_name: str, name: str) -> str | None:
+    """Why a file is none of the set's photographs; None if it is one."""
+    parts = _parts(name)
+    if any(part == "__MACOSX" or (part.startswith(".") and part != "..") for part in parts):
+        return "hidden files"
+    if not parts or splitext(parts[-1])[1].lower() not in IMAGES:
+        return "files that are no images"
+    if set_name == "ytf" and "aligned_images_DB" in parts:  # the full YouTubeFaces.tar.gz has every frame twice
+        return "aligned copies of frames"
+    if len(parts) < _DEPTH[set_name]:
+        return f"images outside {EXPECTED[set_name]}"
+    return None
+
+
+def ids(set_name: str, name: str) -> Ids:
+    """The ids of the photograph that lies at a path inside a source.
+
+    Raises:
+        SourceError: the path is unsafe or no text, or a frame has no number; the message names it.
+    """
+    parts = _parts(name)
+    if name.startswith("/") or ".." in parts:
+        raise SourceError(f"{name!r}: an absolute path or one with `..` cannot name a photograph")
+    if not _is_text(name):
+        raise SourceError(f"{name!r}: not a UTF-8 name; rename it")
+    *folders, file = parts[-_DEPTH[set_name] :]
+    stem = splitext(file)[0]
+    group = "/".join(folders)
+    if set_name != "ytf":
+        return Ids(f"{group}/{stem}", group, None, None)
+    number = _FRAME.search(stem)
+    if number is None or int(number[0]) >= 2**31:
+        raise SourceError(f"{name}: a frame's name must end in its number, below 2^31, such as 0.15.jpg")
+    return Ids(f"{group}/{stem}", folders[0], group, int(number[0]))
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in name.split("/") if part not in ("", ".")]
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name was decoded without loss (what was not is kept by Python as lone surrogates)."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,330 @@
+import hashlib
+import io
+import logging
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import stages.download
+from pipeline import tables
+from pipeline.params import Archive, Local, Machine, Synthetic
+from stages.download import SourceError, run, synthetic
+
+ROOT = Path(__file__).parents[2]
+MACHINE = Machine(workers=1, device="cpu")
+RNG = np.random.default_rng(1)
+FACES = {f"{who}/{number:03d}.jpg": RNG.bytes(900 + number) for who in ("0000045", "0000099") for number in range(1, 8)}
+LFW = {f"{who}/{who}_{number:04d}.jpg": RNG.bytes(700) for who in ("Ann", "Bob", "Cy") for number in (1, 2)}
+YTF = {f"{who}/{v}/{v}.{n}.jpg": RNG.bytes(500) for who in ("Ann", "Bob") for v in (0, 3) for n in (1, 10, 2)}
+PAIRS = "2\t1\nAnn\t1\t2\nAnn\t1\tBob\t2\nCy\t1\t2\nCy\t1\tBob\t1\n"
+SPLITS = "1, 1, Ann/0, Ann/3, 1\n2, 2, Ann/0, Bob/3, 0\n"
+
+
+def zipped(path: Path, tree: dict[str, bytes], top: str = "CASIA-WebFace/") -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in tree.items():
+            file.writestr(top + name, content)
+    return path
+
+
+def tarred(path: Path, tree: dict[str, bytes], top: str = "lfw/") -> Path:
+    with tarfile.open(path, "w:gz") as file:
+        for name, content in tree.items():
+            info = tarfile.TarInfo(top + name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+def unpacked(path: Path, tree: dict[str, bytes]) -> Path:
+    for name, content in tree.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return path
+
+
+def archive(location: object, pairs: object = None, sha256: str | None = None) -> Archive:
+    return Archive(
+        source="archive",
+        watch=[],
+        location=str(location),
+        sha256=sha256,
+        pairs=None if pairs is None else str(pairs),
+        pairs_sha256=None,
+    )
+
+
+def folder(location: object, pairs: object = None) -> Local:
+    pairs = None if pairs is None else str(pairs)
+    return Local(source="folder", watch=[], location=str(location), pairs=pairs, pairs_sha256=None)
+
+
+def listed(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def expected(tree: dict[str, bytes]) -> dict[str, list[Any]]:
+    """The raw table of stills, from its definition."""
+    return {
+        "image_id": [name.removesuffix(".jpg") for name in tree],
+        "identity": [name.split("/")[0] for name in tree],
+        "video": [None] * len(tree),
+        "frame": [None] * len(tree),
+        "image": list(tree.values()),
+        "sha256": [hashlib.sha256(image).hexdigest() for image in tree.values()],
+    }
+
+
+def test_photographs_come_through_untouched(tmp_path: Path) -> None:
+    tree = FACES | {"0000099/100.png": b""}  # an empty file is a row: align says what is wrong with it
+    run("train", archive(zipped(tmp_path / "casia.zip", tree)), tmp_path / "raw" / "train", MACHINE)
+    assert tables.read_parts(tmp_path / "raw" / "train", tables.RAW).to_pydict() == {
+        **expected(tree),
+        "image_id": [*expected(FACES)["image_id"], "0000099/100"],
+    }
+    assert not (tmp_path / "raw" / ".train.unfinished").exists()
+
+
+def test_lfw_from_an_archive_and_from_a_folder_are_the_same(tmp_path: Path) -> None:
+    pairs = listed(tmp_path / "pairs.txt", PAIRS)
+    run("lfw", archive(tarred(tmp_path / "lfw.tgz", LFW), pairs), tmp_path / "raw" / "archive", MACHINE)
+    run("lfw", folder(unpacked(tmp_path / "lfw", LFW), pairs), tmp_path / "raw" / "folder", MACHINE)
+    assert content(tmp_path / "raw" / "archive") == content(tmp_path / "raw" / "folder")
+    assert tables.read_parts(tmp_path / "raw" / "folder", tables.RAW).to_pydict() == expected(LFW)
+    assert tables.read_table(tmp_path / "raw" / "folder" / "pairs.parquet", tables.PAIRS).to_pylist() == [
+        {"fold": 0, "left": "Ann/Ann_0001", "right": "Ann/Ann_0002", "same": True},
+        {"fold": 0, "left": "Ann/Ann_0001", "right": "Bob/Bob_0002", "same": False},
+        {"fold": 1, "left": "Cy/Cy_0001", "right": "Cy/Cy_0002", "same": True},
+        {"fold": 1, "left": "Cy/Cy_0001", "right": "Bob/Bob_0001", "same": False},
+    ]
+
+
+def test_videos_have_frames(tmp_path: Path) -> None:
+    source = archive(
+        tarred(tmp_path / "ytf.tar.gz", YTF, "YouTubeFaces/frame_images_DB/"), listed(tmp_path / "s.txt", SPLITS)
+    )
+    run("ytf", source, tmp_path / "raw", MACHINE)
+    rows = tables.read_parts(tmp_path / "raw", tables.RAW, ["image_id", "identity", "video", "frame"])
+    assert rows.to_pydict() == {
+        "image_id": [name.removesuffix(".jpg") for name in YTF],
+        "identity": ["Ann"] * 6 + ["Bob"] * 6,
+        "video": ["Ann/0"] * 3 + ["Ann/3"] * 3 + ["Bob/0"] * 3 + ["Bob/3"] * 3,
+        "frame": [1, 10, 2] * 4,
+    }
+    assert pq.read_table(tmp_path / "raw" / "pairs.parquet")["right"].to_pylist() == ["Ann/3", "Bob/3"]
+
+
+def test_a_part_ends_by_rows_or_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = {f"{who}/{n}.jpg": b"x" * size for who in "ab" for n, size in enumerate((10, 10, 10, 10, 25, 30, 1))}
+    monkeypatch.setattr(tables, "PART_ROWS", 3)
+    monkeypatch.setattr(tables, "PART_BYTES", 30)
+    run("train", archive(zipped(tmp_path / "a.zip", tree)), tmp_path / "raw", MACHINE)
+    images = [pq.read_table(path)["image"].to_pylist() for path in tables.parts(tmp_path / "raw")]
+    assert [[len(image) for image in part] for part in images] == [
+        [10, 10, 10],
+        [10, 25],
+        [30],
+        [1, 10, 10],
+        [10, 10, 25],
+        [30],
+        [1],
+    ]
+
+
+@pytest.mark.parametrize("kind", ["archive", "folder"])
+def test_a_killed_run_goes_on_with_the_first_missing_part(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "PART_ROWS", 3)
+    source: Archive | Local = archive(zipped(tmp_path / "a.zip", FACES))
+    if kind == "folder":
+        source = folder(unpacked(tmp_path / "faces", FACES))
+    run("train", source, tmp_path / "whole", MACHINE)
+    written: list[str] = []
+    write_part = stages.download._write_part
+
+    def killed_at_the_third(path: Path, rows: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write_part(path, rows)
+
+    monkeypatch.setattr(stages.download, "_write_part", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run("train", source, tmp_path / "raw", MACHINE)
+    assert (tmp_path / ".raw.unfinished").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in sorted((tmp_path / "raw").iterdir())}
+    monkeypatch.setattr(stages.download, "_write_part", write_part)
+    run("train", source, tmp_path / "raw", MACHINE)
+    assert list(before) == written == ["part-00000.parquet", "part-00001.parquet"]
+    assert {name: (tmp_path / "raw" / name).stat().st_mtime_ns for name in before} == before
+    assert content(tmp_path / "raw") == content(tmp_path / "whole")
+
+
+def test_what_another_archive_began_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "PART_ROWS", 3)
+    path = zipped(tmp_path / "a.zip", {**FACES, "0000099/001.png": b"has the id of a .jpg"})
+    with pytest.raises(SourceError, match="would both be"):
+        run("train", archive(path), tmp_path / "raw", MACHINE)
+    assert len(tables.parts(tmp_path / "raw")) == 4
+    changed = {name: image[::-1] for name, image in FACES.items()}
+    run("train", archive(zipped(path, changed)), tmp_path / "raw", MACHINE)
+    assert tables.read_parts(tmp_path / "raw", tables.RAW).to_pydict() == expected(changed)
+
+
+def test_from_an_address_nothing_fetched_stays_behind(
+    host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "PART_ROWS", 2)
+    host.files["lfw.tgz"] = tarred(tmp_path / "lfw.tgz", LFW).read_bytes()
+    host.files["pairs.txt"] = PAIRS.replace("Bob\t2", "Bob\t9").encode()
+    host.drops = [10, 1_000_000, 300]  # the pairs, the rest of them, the archive
+    source = archive(host.address("lfw.tgz"), host.address("pairs.txt"))
+    downloads = tmp_path / "downloads"
+    with pytest.raises(SourceError, match=r"Bob_0009 \(line 3\)"):
+        run("lfw", source, tmp_path / "raw", MACHINE, downloads)
+    assert not (tmp_path / "raw" / "pairs.parquet").exists()
+    host.files["pairs.txt"] = PAIRS.encode()
+    next(downloads.glob("*-pairs.txt")).unlink()
+    before = (tmp_path / "raw" / "part-00000.parquet").stat().st_mtime_ns
+    run("lfw", source, tmp_path / "raw", MACHINE, downloads)
+    assert (tmp_path / "raw" / "part-00000.parquet").stat().st_mtime_ns == before
+    assert tables.read_parts(tmp_path / "raw", tables.RAW).to_pydict() == expected(LFW)
+    assert [path for path in downloads.iterdir() if path.suffix != ".lock"] == []
+    assert [request[0] for request in host.requests].count("lfw.tgz") == 2  # the dropped one and its rest
+
+
+def test_what_was_read_and_skipped_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tree = {**YTF, "readme.txt": b"", "Ann/.DS_Store": b"", "__MACOSX/Ann/0/._0.1.jpg": b"", "Ann/Ann.mat": b""}
+    source = folder(unpacked(tmp_path / "ytf", tree), listed(tmp_path / "splits.txt", SPLITS))
+    (tmp_path / "ytf" / "Ann" / "9").symlink_to(tmp_path / "ytf" / "Ann" / "0")
+    with caplog.at_level(logging.INFO):
+        run("ytf", source, tmp_path / "raw", MACHINE)
+    assert "ytf: 12 images, 2 identities, 4 videos, 2 pairs" in caplog.messages
+    assert "ytf: skipped 2 hidden files, 2 files that are no images, 1 folders, links and devices" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("set_name", "tree", "message"),
+    [
+        ("train", {}, "{}: no images; expected .../<identity>/<image>.jpg, found no files"),
+        (
+            "ytf",
+            {"a/1.mat": b"", "b/readme": b"", "c/d/e.txt": b"", "f/g": b""},
+            "{}: no images; expected .../<identity>/<video>/<frame number>.jpg, found CASIA-WebFace/a/1.mat, "
+            "CASIA-WebFace/b/readme, CASIA-WebFace/c/d/e.txt",
+        ),
+        (
+            "train",
+            {"1.jpg": b"", "2.jpg": b""},
+            "{}: only one identity, CASIA-WebFace; training needs at least 2. Expected .../<identity>/<image>.jpg, "
+            "found CASIA-WebFace/1.jpg",
+        ),
+        (
+            "train",
+            {"a/1.jpg": b"", "b/1.jpg": b"", "more/a/1.png": b""},
+            "{}: CASIA-WebFace/a/1.jpg and CASIA-WebFace/more/a/1.png would both be the image a/1; keep one of them",
+        ),
+        (
+            "train",
+            {"a/1.jpg": b"", "../b/1.jpg": b""},
+            "{}: 'CASIA-WebFace/../b/1.jpg': an absolute path or one with `..` cannot name a photograph",
+        ),
+        (
+            "lfw",
+            {"Ann/Ann_0001.jpg": b""},
+            "PAIRS: names 5 that {} lacks: Ann/Ann_0002 (line 2), Bob/Bob_0002 (line 3), Cy/Cy_0001 (line 4) and "
+            "2 more",
+        ),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_refused_and_nothing_looks_finished(
+    set_name: str, tree: dict[str, bytes], message: str, tmp_path: Path
+) -> None:
+    path, out = zipped(tmp_path / "a.zip", tree), tmp_path / "raw"
+    pairs = {"train": None, "lfw": listed(tmp_path / "p", PAIRS), "ytf": listed(tmp_path / "s", SPLITS)}[set_name]
+    with pytest.raises(SourceError) as caught:
+        run(set_name, archive(path, pairs), out, MACHINE)
+    assert str(caught.value) == message.format(path).replace("PAIRS", str(pairs))
+    assert (tmp_path / ".raw.unfinished").exists()
+    assert not (out / "pairs.parquet").exists()
+
+
+def test_a_member_larger_than_a_part_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "PART_BYTES", 999)
+    path = zipped(tmp_path / "a.zip", {"a/1.jpg": b"x" * 999, "a/2.jpg": b"x" * 1000})
+    with pytest.raises(SourceError, match=r"a\.zip: CASIA-WebFace/a/2\.jpg is no photograph: 1,000 bytes"):
+        run("train", archive(path), tmp_path / "raw", MACHINE)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError) as caught:
+        run("train", folder(tmp_path / "faces"), tmp_path / "raw", MACHINE)
+    assert str(caught.value) == (
+        f"{tmp_path / 'faces'}: no such folder; set download.train.location in params.yaml to where it is"
+    )
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+    text = (ROOT / "pipeline/recipes/quickstart.yaml").read_text()
+    start, end = text.index("  lfw:"), text.index("  ytf:")
+    lfw = (
+        "  lfw:\n    source: archive\n    watch: [faces/lfw.tgz, pairs.txt]\n    location: faces/lfw.tgz\n"
+        "    sha256: null\n    pairs: pairs.txt\n    pairs_sha256: null\n"
+    )
+    (tmp_path / "params.yaml").write_text(text[:start] + lfw + text[end:])
+    (tmp_path / "pairs.txt").write_text(PAIRS)
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.download", "lfw"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: faces/lfw.tgz: no such file; set download.lfw.location in params.yaml to where it is\n"
+    )
+
+
+def test_procedural_faces_are_rendered_part_by_part_on_any_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "PART_ROWS", 4)
+    source = Synthetic(
+        source="synthetic", watch=[], seed=5, identities=4, images=3, videos=1, folds=2, pairs=2, size=64
+    )
+    out = tmp_path / "raw"
+    run("lfw", source, out, Machine(workers=1, device="cpu"))
+    photographs = synthetic.photographs(source, "lfw")
+    rows = tables.read_parts(out, tables.RAW)
+    assert rows["image_id"].to_pylist() == [photograph.image_id for photograph in photographs]
+    assert rows["image"].to_pylist() == synthetic.render_part(source, photographs)
+    assert tables.read_table(out / "pairs.parquet", tables.PAIRS).equals(synthetic.protocol(source, "lfw"))
+
+    # back to what a killed run leaves: its key, and some of the parts
+    before = content(out)
+    assert list(before) == ["pairs.parquet", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    key = tables.fingerprint("lfw", source.model_dump(exclude={"watch"}), code=(stages.download.CODE,))
+    (tmp_path / ".raw.unfinished").write_text(key)
+    kept = tables.part_path(out, 1)
+    time = kept.stat().st_mtime_ns
+    for path in (tables.part_path(out, 0), tables.part_path(out, 2), out / "pairs.parquet"):
+        path.unlink()
+    run("lfw", source, out, Machine(workers=2, device="cpu"))
+    assert content(out) == before
+    assert kept.stat().st_mtime_ns == time
