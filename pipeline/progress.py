@@ -17,7 +17,7 @@ LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {elapsed} so far, {remai
 class _Lines(tqdm):
     """tqdm that writes log lines instead of redrawing one."""
 
-    said = -1
+    said: float = -1
 
     def display(self, *_: Any, **__: Any) -> None:
         """Log where we are, once there is something new to tell."""

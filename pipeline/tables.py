@@ -51,8 +51,8 @@ ALIGNED = pa.schema(
         ("sha256", pa.string()),  # of the source image
         ("status", pa.string()),  # detected | fallback | no_face | unreadable
         ("image", pa.binary()),  # 112×112 RGB JPEG; null for no_face and unreadable
-        ("box", pa.list_(pa.float32(), 4)),  # left, top, right, bottom in source pixels; null unless detected
-        ("landmarks", pa.list_(pa.float32(), 10)),  # x, y of the five points in source pixels; null unless detected
+        ("box", pa.list_(pa.float32())),  # left, top, right, bottom in source pixels; null unless detected
+        ("landmarks", pa.list_(pa.float32())),  # x, y of the five points in source pixels; null unless detected
         ("score", pa.float32()),  # O-Net face probability; null unless detected
         ("faces", pa.int32()),  # how many faces were found in the photograph; null for unreadable
         ("detail", pa.string()),  # why an image is unreadable; null otherwise

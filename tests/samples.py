@@ -25,7 +25,7 @@ def face_like(identity: int, photo: int) -> np.ndarray:
 
 def write_aligned(folder: Path, photos: list[int], rejected: int = 0, part_rows: int = 10) -> None:
     """An aligned table: identity i has photos[i] faces; the first `rejected` rows have no face."""
-    rows = []
+    rows: list[dict[str, object]] = []
     for identity, count in enumerate(photos):
         for photo in range(count):
             missing = len(rows) < rejected

@@ -1,0 +1,251 @@
+"""`python -m stages.evaluate.report`: everything the run left → reports/index.html, a page that opens offline, and verdict.txt.
+
+The page follows from the run's files and params.yaml alone: no clock, no machine, nothing fetched.
+"""
+
+import base64
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from numpy.typing import NDArray
+
+from pipeline import tables
+from pipeline.entry import stage
+from pipeline.params import SETS, Params, Synthetic, flatten
+from stages.evaluate import SCORES, EvaluationError, figures
+from stages.evaluate.embed import choose_frames
+from stages.evaluate.figures import to_svg
+from stages.evaluate.verification import Metrics, evaluate
+
+PROTOCOLS = {"lfw": "LFW", "ytf": "YTF"}
+SHOWN_SECTIONS = ("download", "align", "shard", "train", "evaluate")  # the others change nothing that comes out
+WORST = 6
+SAMPLE_IDENTITIES, SAMPLE_FACES = 6, 6
+COUNTS = ("images", "detected", "fallback", "no_face", "unreadable", "several_faces")
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """A pair on the page."""
+
+    left: str
+    right: str
+    """Image ids, or videos."""
+    left_face: str | None
+    right_face: str | None
+    """Data URI of the aligned face (of a video: its first used frame); None where there is no image."""
+    score: float
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol's section of the page."""
+
+    name: str
+    title: str
+    metrics: Metrics
+    undetected: int
+    different: int
+    """How many pairs show different people: what FAR counts by."""
+    charts: dict[str, str]
+    """Inline SVG by caption."""
+    false_matches: list[ScoredPair]
+    false_non_matches: list[ScoredPair]
+
+    @property
+    def accuracy(self) -> str:
+        """Mean and standard error in per cent, with as many decimals as the error deserves."""
+        digits = 1 if self.metrics.accuracy_se >= 0.001 else 2
+        return f"{100 * self.metrics.accuracy:.{digits}f}% ± {100 * self.metrics.accuracy_se:.{digits}f}"
+
+    @property
+    def verdict(self) -> str:
+        """One line for the terminal."""
+        return (
+            f"{self.title}: {self.accuracy} accuracy, AUC {self.metrics.auc:.4f}, EER {self.metrics.eer:.2%} "
+            f"({self.metrics.pairs:,} pairs, {len(self.metrics.folds)} folds)"
+        )
+
+
+def build(reports: Path, models: Path, aligned: Path, out: Path, params: Params) -> list[str]:
+    """Write the page and return the verdict, a line a protocol.
+
+    Args:
+        reports: folder with `align/<set>.json` and, for each protocol, `<set>/scores.parquet` and `metrics.json`.
+        models: folder with history.csv and train.json.
+        aligned: folder of the aligned sets.
+        out: the page.
+        params: all of params.yaml.
+
+    Raises:
+        EvaluationError, TableError, OSError: something the page shows is absent or unreadable.
+    """
+    protocols = [_protocol(name, reports / name, aligned / name, params) for name in PROTOCOLS]
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    page = templates.get_template("report.html.j2").render(
+        protocols=protocols,
+        procedural=[name for name in SETS if isinstance(getattr(params.download, name), Synthetic)],
+        trained=_read_json(models / "train.json"),
+        head=params.train.head,
+        backbone=params.train.backbone,
+        training=_training_charts(models / "history.csv"),
+        counts=[{"set": name} | _counts(reports / "align" / f"{name}.json") for name in SETS],
+        samples=_samples(aligned / "train"),
+        parameters={name: flatten(getattr(params, name), name) for name in SHOWN_SECTIONS},
+    )
+    with tables.atomic(out) as path:
+        path.write_text(page, encoding="utf-8")
+    return [protocol.verdict for protocol in protocols]
+
+
+def worst_errors(scored: pa.Table, metrics: Metrics) -> tuple[list[int], list[int]]:
+    """Rows of the worst false matches (highest scores first) and false non-matches (lowest first), WORST of each.
+
+    A pair is an error by the threshold of its own fold, the one its accuracy was counted with.
+    """
+    score, same = scored["score"].to_numpy().astype(np.float64), scored["same"].to_numpy()
+    threshold = np.asarray(metrics.fold_threshold)[np.searchsorted(metrics.folds, scored["fold"].to_numpy())]
+    accepted = score >= threshold
+    order = np.argsort(score, kind="stable")
+    false_non_matches = order[same[order] & ~accepted[order]][:WORST]
+    order = np.argsort(-score, kind="stable")
+    false_matches = order[~same[order] & accepted[order]][:WORST]
+    return false_matches.tolist(), false_non_matches.tolist()
+
+
+def _protocol(name: str, results: Path, aligned: Path, params: Params) -> Protocol:
+    scored = tables.read_table(results / "scores.parquet", SCORES)
+    score, same = scored["score"].to_numpy(), scored["same"].to_numpy()
+    metrics = evaluate(score, same, scored["fold"].to_numpy(), params.evaluate.fars)
+    rows = worst_errors(scored, metrics)
+    false_matches, false_non_matches = (_pairs(scored, chosen, aligned) for chosen in rows)
+    style = "-style" if isinstance(getattr(params.download, name), Synthetic) else ""
+    return Protocol(
+        name=name,
+        title=f"{PROTOCOLS[name]}{style} pairs",
+        metrics=metrics,
+        undetected=_read_json(results / "metrics.json")["undetected"],
+        different=int((~same).sum()),
+        charts={
+            "ROC": to_svg(figures.roc_figure(metrics), f"{name}-roc"),
+            f"Scores, threshold {metrics.threshold:.3f}": to_svg(
+                figures.scores_figure(score, same, metrics.threshold), f"{name}-scores"
+            ),
+            "Accuracy of each fold": to_svg(figures.folds_figure(metrics), f"{name}-folds"),
+        },
+        false_matches=false_matches,
+        false_non_matches=false_non_matches,
+    )
+
+
+def _pairs(scored: pa.Table, rows: list[int], aligned: Path) -> list[ScoredPair]:
+    chosen = scored.take(pa.array(rows, pa.int64())).to_pylist()
+    faces = _faces(aligned, sorted({pair[side] for pair in chosen for side in ("left", "right")}))
+    return [
+        ScoredPair(
+            pair["left"], pair["right"], faces.get(pair["left"]), faces.get(pair["right"]), round(pair["score"], 6)
+        )
+        for pair in chosen
+    ]
+
+
+def _faces(aligned: Path, names: list[str]) -> dict[str, str]:
+    """The face of each image, or the first used frame of each video, as data URI; without those that have none."""
+    frames = choose_frames(aligned, names)
+    faces: dict[str, str] = {}
+    for path, template in zip(tables.parts(aligned), frames.template, strict=True):
+        which, first_row = np.unique(template, return_index=True)
+        new = [(names[i], row) for i, row in zip(which, first_row, strict=True) if i >= 0 and names[i] not in faces]
+        if new:
+            images = tables.read_table(path, tables.ALIGNED, ["image"])["image"]
+            faces |= {name: _data_uri(images[int(row)].as_py()) for name, row in new}
+    return faces
+
+
+def _data_uri(jpeg: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
+
+
+def _samples(aligned: Path) -> list[list[str]]:
+    """Faces of a few identities, both spread evenly over what there is; identities with many faces first choice."""
+    table = tables.read_parts(aligned, tables.ALIGNED, ["image_id", "identity", "status"])
+    table = table.filter(pc.equal(table["status"], "detected"))
+    ids = table["image_id"].to_numpy()
+    identities, of_row, counts = np.unique(table["identity"].to_numpy(), return_inverse=True, return_counts=True)
+    if not len(identities):
+        raise EvaluationError(f"{aligned}: not one detected face")
+    rich = np.flatnonzero(counts >= min(SAMPLE_FACES, counts.max()))
+    chosen = [ids[_spread(np.flatnonzero(of_row == i), SAMPLE_FACES)] for i in _spread(rich, SAMPLE_IDENTITIES)]
+    faces = _faces(aligned, sorted(name for row in chosen for name in row))
+    return [[faces[name] for name in row] for row in chosen]
+
+
+def _spread(items: NDArray, count: int) -> NDArray:
+    """At most `count` of the items, evenly spaced."""
+    if len(items) <= count:
+        return items
+    return items[np.arange(count) * len(items) // count]
+
+
+def _training_charts(history: Path) -> dict[str, str]:
+    with history.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = {key: [float(row[key]) if row[key] else None for row in rows] for key in rows[0]} if rows else {}
+    needed = {"iteration", "loss", "accuracy", "learning_rate", "val_accuracy"}
+    if not needed <= columns.keys():
+        raise EvaluationError(f"{history}: has columns {sorted(columns)}, expected {sorted(needed)} and at least a row")
+    iteration = [int(value or 0) for value in columns["iteration"]]
+    loss = figures.training_figure(iteration, ("loss", columns["loss"], figures.SAME))
+    accuracy = figures.training_figure(
+        iteration,
+        ("training", columns["accuracy"], figures.SAME),
+        ("validation", columns["val_accuracy"], figures.DIFFERENT),
+        share=True,
+    )
+    rate = figures.training_figure(iteration, ("rate", columns["learning_rate"], figures.SAME), log=True)
+    return {
+        "Loss (LMCL)": to_svg(loss, "loss"),
+        "Accuracy among training identities": to_svg(accuracy, "accuracy"),
+        "Learning rate": to_svg(rate, "rate"),
+    }
+
+
+def _counts(path: Path) -> dict[str, int]:
+    counts = _read_json(path)
+    return {key: counts[key] for key in COUNTS}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvaluationError(f"{path}: not JSON: {error}") from error
+
+
+def main(params: Params) -> None:
+    """Build the page, and leave and print the verdict."""
+    reports = Path("reports")
+    page = reports / "index.html"
+    lines = [*build(reports, Path("models"), Path("data/aligned"), page, params), f"the whole report: {page}"]
+    verdict = "\n".join(lines) + "\n"
+    with tables.atomic(reports / "verdict.txt") as path:
+        path.write_text(verdict, encoding="utf-8")
+    print(verdict, end="")
+
+
+if __name__ == "__main__":
+    stage(main)

@@ -1,0 +1,104 @@
+"""A finished run in small: aligned sets, pairs, a model with random weights, and what align and train report."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+
+from pipeline.params import Backbone, load_params
+from pipeline.tables import ALIGNED, PAIRS, part_path, write_table
+from pipeline.tracking import NoRun
+from stages.evaluate import run
+from stages.train.model import build_model, save_model
+from tests.conftest import ROOT
+from tests.samples import face_like, jpeg
+
+BACKBONE = Backbone(name="small", embedding=8)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    raw: Path
+    aligned: Path
+    models: Path
+    reports: Path
+
+
+def row(image_id: str, status: str = "detected", video: str | None = None, photo: int = 0) -> dict[str, object]:
+    """An aligned row; the identity is the id's first part."""
+    identity = image_id.split("/")[0]
+    shown = status in ("detected", "fallback")
+    return {
+        "image_id": image_id,
+        "identity": identity,
+        "video": video,
+        "status": status,
+        "image": jpeg(face_like(int(identity), photo)) if shown else None,
+    }
+
+
+def write_rows(folder: Path, rows: list[dict[str, object]], part_rows: int = 5) -> None:
+    for index in range(0, len(rows), part_rows):
+        table = pa.Table.from_pylist(rows[index : index + part_rows], schema=ALIGNED)
+        write_table(part_path(folder, index // part_rows), table, ALIGNED)
+
+
+def write_pairs(path: Path, names: list[str], count: int, folds: int) -> None:
+    """Same and different pairs in turn, drawn by seed; the identity is a name's first part."""
+    rng = np.random.default_rng(1)
+    pairs: list[dict[str, object]] = []
+    while len(pairs) < count:
+        left, right = rng.choice(names, 2, replace=False)
+        same = left.split("/")[0] == right.split("/")[0]
+        if same == (len(pairs) % 2 == 0):
+            pairs.append({"fold": len(pairs) * folds // count, "left": left, "right": right, "same": same})
+    write_table(path, pa.Table.from_pylist(pairs, PAIRS), PAIRS)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Read it, do not write into it: it serves all tests."""
+    root = tmp_path_factory.mktemp("workspace")
+    made = Workspace(root / "raw", root / "aligned", root / "models", root / "reports")
+    write_rows(made.aligned / "train", [row(f"{i}/{k}", photo=k) for i in range(8) for k in range(4)])
+
+    status = {"3/1": "fallback", "4/0": "unreadable"}
+    stills = [row(f"{i}/{k}", status.get(f"{i}/{k}", "detected"), photo=k) for i in range(6) for k in range(3)]
+    write_rows(made.aligned / "lfw", stills)
+    write_pairs(made.raw / "lfw" / "pairs.parquet", [f"{i}/{k}" for i in range(6) for k in range(3)], 60, 3)
+
+    videos = {f"{i}/{v}": "fallback" if (i, v) == (2, 1) else "detected" for i in range(5) for v in range(2)}
+    frames = [
+        row(f"{video}/{k}", "fallback" if k == 0 else usual, video, photo=10 * int(video[-1]) + k)
+        for video, usual in videos.items()
+        for k in range(3)
+    ]
+    write_rows(made.aligned / "ytf", frames)
+    write_pairs(made.raw / "ytf" / "pairs.parquet", list(videos), 24, 2)
+
+    torch.manual_seed(1)
+    save_model(made.models, build_model(BACKBONE), nn.Linear(2, 2), {"backbone": BACKBONE.model_dump()})
+    (made.models / "train.json").write_text(json.dumps({"iterations": 30, "images": 1234, "identities": 8}))
+    (made.models / "history.csv").write_text(
+        "iteration,loss,accuracy,learning_rate,val_accuracy\n10,20.5,0.2,0.1,\n20,12,0.6,0.1,0.5\n30,9,0.8,0.01,0.7\n"
+    )
+    for name in ("train", "lfw", "ytf"):
+        counts = dict(images=4321, detected=4300, fallback=10, no_face=6, unreadable=5, several_faces=77)
+        (made.reports / "align").mkdir(parents=True, exist_ok=True)
+        (made.reports / "align" / f"{name}.json").write_text(json.dumps(counts))
+    return made
+
+
+@pytest.fixture(scope="session")
+def reports(workspace: Workspace) -> Path:
+    """The reports folder with both sets evaluated."""
+    params = load_params(ROOT / "params.yaml")
+    for name in ("lfw", "ytf"):
+        folders = (workspace.raw / name, workspace.aligned / name, workspace.models, workspace.reports / name)
+        run(*folders, params.evaluate, params.machine, NoRun())
+    return workspace.reports

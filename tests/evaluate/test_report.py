@@ -1,0 +1,176 @@
+"""The page: offline, complete, and right about the worst errors."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.params import Local, Params
+from pipeline.tables import ALIGNED, read_parts, read_table, write_table
+from stages.evaluate import SCORES, EvaluationError, verification
+from stages.evaluate.report import build, worst_errors
+from tests.evaluate.conftest import Workspace
+
+
+class Page(HTMLParser):
+    """What a browser would fetch, and the ids that pictures refer to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset", "poster", "data"):
+                self.fetched.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def page_of(workspace: Workspace, reports: Path, out: Path, params: Params) -> str:
+    build(reports, workspace.models, workspace.aligned, out, params)
+    return out.read_text(encoding="utf-8")
+
+
+def scored(rows: list[tuple[int, float, bool]]) -> pa.Table:
+    return pa.table(
+        {
+            "fold": [fold for fold, _, _ in rows],
+            "left": [f"left{i}" for i in range(len(rows))],
+            "right": [f"right{i}" for i in range(len(rows))],
+            "score": [score for _, score, _ in rows],
+            "same": [same for _, _, same in rows],
+        },
+        schema=SCORES,
+    )
+
+
+def test_worst_errors_are_those_furthest_on_the_wrong_side() -> None:
+    rng = np.random.default_rng(1)
+    rows = [(i // 20, 0.6 if i % 2 else 0.1, bool(i % 2)) for i in range(200)]
+    wrong_different = {3: 0.9, 41: 0.8, 100: 0.95, 122: 0.7, 140: 0.85, 160: 0.75, 180: 0.65}
+    wrong_same = {11: -0.2, 51: 0.0, 131: -0.3}
+    for i, score in wrong_different.items():
+        rows[i] = (i // 20, score, False)
+    for i, score in wrong_same.items():
+        rows[i] = (i // 20, score, True)
+    order = rng.permutation(200)
+    table = scored([rows[i] for i in order])
+    metrics = verification.evaluate(
+        table["score"].to_numpy(), table["same"].to_numpy(), table["fold"].to_numpy(), [0.1]
+    )
+    false_matches, false_non_matches = worst_errors(table, metrics)
+    assert [order[i] for i in false_matches] == [100, 3, 140, 41, 160, 122]
+    assert [order[i] for i in false_non_matches] == [131, 11, 51]
+
+
+def test_errors_are_judged_by_the_threshold_of_their_fold() -> None:
+    table = scored([(0, 0.2, False), (0, 0.4, True), (1, 0.5, False), (1, 0.7, True)])
+    metrics = verification.evaluate(
+        table["score"].to_numpy(), table["same"].to_numpy(), table["fold"].to_numpy(), [0.1]
+    )
+    assert metrics.fold_threshold == pytest.approx((0.6, 0.3))
+    assert worst_errors(table, metrics) == ([2], [1])
+
+
+def test_page_fetches_nothing(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
+    text = page_of(workspace, reports, tmp_path / "index.html", params)
+    page = Page(text)
+    assert page.open == []  # every element is closed
+    assert all(value.startswith(("data:", "#")) for value in page.fetched)
+    assert not re.findall(r"url\((?!#)|@import|<script|<iframe|<object", text)
+    for reference in set(re.findall(r"url\(#([^)]+)\)", text)) | {v[1:] for v in page.fetched if v.startswith("#")}:
+        assert page.ids.count(reference) == 1, reference
+
+
+def test_page_shows_worst_pairs_and_their_faces(
+    workspace: Workspace, reports: Path, tmp_path: Path, params: Params
+) -> None:
+    text = page_of(workspace, reports, tmp_path / "index.html", params)
+    sections = re.split(r"<h2>", text)
+    for name, index in (("lfw", 2), ("ytf", 3)):
+        rows = read_table(reports / name / "scores.parquet", SCORES).to_pylist()
+        highest = max((row for row in rows if not row["same"]), key=lambda row: row["score"])
+        shown = re.search(
+            r"Worst false matches.*?<small title=\"(.*?)\".*?<small title=\"(.*?)\"", sections[index], re.S
+        )
+        assert shown is not None
+        assert shown.groups() == (highest["left"], highest["right"])
+        key = "image_id" if name == "lfw" else "video"
+        aligned = read_parts(workspace.aligned / name, ALIGNED, [key, "status", "image"]).to_pylist()
+        frames = [row for row in aligned if row[key] == highest["left"] and row["image"]]
+        used = [row for row in frames if row["status"] == "detected"] or frames
+        assert base64.b64encode(used[0]["image"]).decode() in sections[index]
+
+
+def test_page_says_what_it_was_measured_on(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
+    text = page_of(workspace, reports, tmp_path / "index.html", params)
+    assert "Procedural faces." in text
+    assert "LFW-style pairs" in text
+    folder = Local(source="folder", watch=["x"], location="mine<b>", pairs=None, pairs_sha256=None)
+    own = params.model_copy(update={"download": params.download.model_copy(update={"lfw": folder, "ytf": folder})})
+    text = page_of(workspace, reports, tmp_path / "index.html", own)
+    assert "Mixed data." in text
+    assert "LFW-style" not in text
+    assert "mine&lt;b&gt;" in text  # nothing from outside becomes markup
+    every = own.model_copy(update={"download": own.download.model_copy(update={"train": folder})})
+    assert "Photographs." in page_of(workspace, reports, tmp_path / "index.html", every)
+
+
+def test_page_has_the_figures(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
+    lines = build(reports, workspace.models, workspace.aligned, tmp_path / "index.html", params)
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert len(lines) == 2
+    for line in lines:
+        assert line.split(": ")[1].split(" accuracy")[0] in text
+    assert "1,234 faces of 8 identities" in text
+    assert "4,321" in text
+    assert "—<small>only 30 different pairs</small>" in text  # FAR 0.1%
+    assert "train.head.margin" in text
+    assert "machine.workers" not in text
+    assert text.count("<svg") == 2 * 3 + 3
+
+
+def test_page_is_the_same_every_time(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
+    pages = [page_of(workspace, reports, tmp_path / f"{i}.html", params) for i in range(2)]
+    assert pages[0] == pages[1]
+
+
+def test_pair_without_image_is_shown_as_such(
+    workspace: Workspace, reports: Path, tmp_path: Path, params: Params
+) -> None:
+    # 4/0 is unreadable, so its same pairs score -1 and are the worst false non-matches
+    text = page_of(workspace, reports, tmp_path / "index.html", params)
+    assert "<span>no image</span>" in text
+    assert "−1.000" in text
+
+
+def test_missing_history_is_named(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
+    for name in ("train.json", "model.json"):
+        (tmp_path / name).write_bytes((workspace.models / name).read_bytes())
+    (tmp_path / "history.csv").write_text("iteration,loss\n1,2\n")
+    with pytest.raises(EvaluationError, match=r"history\.csv: has columns"):
+        build(reports, tmp_path, workspace.aligned, tmp_path / "index.html", params)
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_table_of_scores_is_checked(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
+    write_table(tmp_path / "lfw" / "scores.parquet", scored([(0, 0.5, True), (1, 0.6, True)]), SCORES)
+    with pytest.raises(EvaluationError, match="2 of the same person"):
+        build(tmp_path, workspace.models, workspace.aligned, tmp_path / "index.html", params)
