@@ -8,11 +8,28 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline.errors import InputError
 from pipeline.progress import progress
 
+if TYPE_CHECKING:
+    import torch
+
 T = TypeVar("T")
+
+
+def choose_device(name: str) -> "torch.device":
+    """The device of `machine.device`: auto takes a GPU where there is one.
+
+    Raises:
+        InputError: cuda was asked for and is not there.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("machine.device: cuda was asked for, but torch sees no GPU; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def cores() -> int:

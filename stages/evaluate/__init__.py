@@ -9,11 +9,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline import tables
+from pipeline.executor import choose_device
 from pipeline.params import Evaluate, Machine
 from pipeline.tracking import NoRun
 from stages.evaluate import embed, figures
 from stages.evaluate.verification import EvaluationError, Metrics, Roc, evaluate
-from stages.train.model import choose_device, load_model
+from stages.train.model import load_model
 
 __all__ = ["SCORES", "EvaluationError", "run"]
 

@@ -1,4 +1,4 @@
-"""`python -m stages.evaluate.report`: everything the run left → reports/index.html, a page that opens offline, and verdict.txt.
+"""`python -m stages.evaluate.report`: what the run left → reports/index.html, which opens offline, and verdict.txt.
 
 The page follows from the run's files and params.yaml alone: no clock, no machine, nothing fetched.
 """

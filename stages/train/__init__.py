@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+from pipeline.executor import choose_device
 from pipeline.params import Params
 from pipeline.tables import LABELS, atomic, fingerprint, read_table, sha256_file
 from pipeline.tracking import model_digest, training_run
@@ -11,7 +12,7 @@ from stages.shard.reader import open_shards
 from stages.train.checkpoint import Checkpoints
 from stages.train.heads import scale_lower_bound
 from stages.train.loop import Row, Training, begin, history_csv, train
-from stages.train.model import INPUT, choose_device, save_model
+from stages.train.model import INPUT, save_model
 
 log = logging.getLogger(__name__)
 

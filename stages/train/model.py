@@ -75,14 +75,3 @@ def load_model(folder: Path, device: torch.device) -> FaceModel:
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: not a model of this pipeline: {error}") from error
     return model.to(device).eval()
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of `machine.device`: auto takes a GPU where there is one.
-
-    Raises:
-        ModelError: cuda was asked for and is not there.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError("machine.device: cuda was asked for, but torch sees no GPU; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

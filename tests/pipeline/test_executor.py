@@ -6,15 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipeline.executor import run_all
+from pipeline.errors import InputError
+from pipeline.executor import choose_device, run_all
 
 ROOT = Path(__file__).parents[2]
 
 
 def square(number: int) -> tuple[int, int]:
-    import torch
-
     return number * number, torch.get_num_threads()
 
 
@@ -42,7 +42,8 @@ def test_nothing_to_do() -> None:
 PARENT = """
 import sys, time
 from pathlib import Path
-from pipeline.executor import run_all
+from pipeline.errors import InputError
+from pipeline.executor import choose_device, run_all
 from tests.pipeline.test_executor import sleep_long
 if __name__ == "__main__":
     run_all(sleep_long, [(sys.argv[1], i) for i in range(2)], workers=2, label="sleeping", unit="naps")
@@ -70,3 +71,10 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
         while worker.exists() and "zombie" not in (worker / "status").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there() -> None:
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(InputError, match=r"machine\.device"):
+        choose_device("cuda")

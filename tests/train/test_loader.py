@@ -1,11 +1,12 @@
+import io
 from itertools import islice
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.params import Augment
 from pipeline.tables import EXAMPLES, write_table
@@ -49,10 +50,10 @@ def test_batches_hold_the_decoded_pixels_in_rgb(groups: list[Group]) -> None:
     assert batch.images.dtype == torch.uint8
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     for image, label in zip(batch.images, batch.labels.tolist(), strict=True):
-        expected = cv2.cvtColor(
-            cv2.imdecode(np.frombuffer(jpeg(face_like(label, label)), np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB
-        )
-        assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+        with Image.open(io.BytesIO(jpeg(face_like(label, label)))) as opened:
+            expected = np.asarray(opened.convert("RGB")).astype(int)
+        # Pillow is another decoder; swapped channels would differ by far more than its rounding
+        assert np.abs(image.permute(1, 2, 0).numpy() - expected).mean() < 2
 
 
 def test_going_on_gives_the_same_batches_whatever_the_threads(

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.params import Backbone
 from stages.train.heads import CosFace
-from stages.train.model import ModelError, build_model, choose_device, load_model, save_model
+from stages.train.model import ModelError, build_model, load_model, save_model
 
 CPU = torch.device("cpu")
 
@@ -32,10 +32,3 @@ def test_what_is_wrong_with_a_model_is_said(tmp_path: Path) -> None:
     (tmp_path / "backbone.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelError, match="not a model of this pipeline"):
         load_model(tmp_path, CPU)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there() -> None:
-    assert choose_device("auto") == CPU
-    with pytest.raises(ModelError, match=r"machine\.device"):
-        choose_device("cuda")

@@ -1,0 +1,148 @@
+"""The `cosface` command. Everything slow is imported by the command that needs it."""
+
+import shutil
+import signal
+import sys
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from pipeline.errors import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+PARAMS = Path("params.yaml")
+MLFLOW_PAGE = "#/experiments?workflowType=machine_learning"
+"""The experiments; MLflow's own front page shows chat applications."""
+
+app = typer.Typer(
+    name="cosface",
+    help="Face verification trained with the Large Margin Cosine Loss. Run it in the project's folder.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class CommandError(InputError):
+    """A command cannot do what it was asked to; the message says why."""
+
+
+def main() -> None:
+    """Run the command line; an expected failure is one message on stderr and exit status 1."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def retrain() -> None:
+    """Bring models and reports up to date, now: the DVC graph as a Prefect flow."""
+    from pipeline.params import load_params
+
+    load_params()  # before Prefect's import, which takes seconds
+    from pipeline import flow
+
+    flow.stages(Path.cwd())
+    state = flow.retrain_now()
+    if not state.is_completed():
+        raise CommandError(state.message)
+    print(state.message)
+
+
+@app.command()
+def schedule(
+    cron: Annotated[
+        str, typer.Option(help='Five fields: minute, hour, day, month, weekday; "0 3 * * 0" is Sundays, 3:00.')
+    ],
+    timezone: Annotated[str, typer.Option(help="In which the five fields are read, such as Europe/Berlin.")] = "UTC",
+    start_server: Annotated[bool, typer.Option("--start-server", help="Start a Prefect server for it.")] = False,
+    prefect_port: Annotated[int, typer.Option(help="Of the server that --start-server starts.")] = 4200,
+) -> None:
+    """Retrain on a schedule, for as long as this command runs."""
+    from pipeline import flow, servers
+
+    flow.check_schedule(cron, timezone)
+    with suppress(KeyboardInterrupt), ExitStack() as stack:
+        if start_server:
+            api = stack.enter_context(servers.prefect_server(prefect_port)).address + "/api"
+        else:
+            api = flow.running_server() or ""
+        if not api:
+            raise CommandError(
+                "no Prefect server answers, and a schedule needs one: start it by `cosface ui` or "
+                "`prefect server start`, or give --start-server"
+            )
+        print(f"retraining by {cron!r} ({timezone}); {api.removesuffix('/api')} shows it; Ctrl-C ends it", flush=True)
+        flow.serve(cron, timezone, api)
+
+
+@app.command()
+def ui(
+    mlflow_port: Annotated[int, typer.Option(help="Of the MLflow UI.")] = 5000,
+    prefect_port: Annotated[int, typer.Option(help="Of the Prefect UI.")] = 4200,
+) -> None:
+    """Show runs (MLflow) and retrains (Prefect) in the browser, on this machine only, until Ctrl-C."""
+    from pipeline import servers
+
+    with (
+        suppress(KeyboardInterrupt),
+        servers.mlflow_server(mlflow_port) as mlflow,
+        servers.prefect_server(prefect_port) as prefect,
+    ):
+        print(f"MLflow   {mlflow.address}/{MLFLOW_PAGE}\nPrefect  {prefect.address}\nCtrl-C ends both", flush=True)
+        while True:
+            mlflow.check()
+            prefect.check()
+            time.sleep(1)
+
+
+@app.command()
+def recipe(name: Annotated[str | None, typer.Argument(help="Which; without it they are listed.")] = None) -> None:
+    """Replace params.yaml by a ready one."""
+    recipes = {path.stem: path.read_bytes() for path in sorted(RECIPES.glob("*.yaml"))}
+    if name is None:
+        print("\n".join(recipes))
+        return
+    if name not in recipes:
+        raise CommandError(f"no recipe {name!r}; there are: {', '.join(recipes)}")
+    if PARAMS.exists() and PARAMS.read_bytes() not in recipes.values():
+        backup = shutil.copy2(PARAMS, PARAMS.with_name("params.yaml.bak"))
+        print(f"params.yaml was edited; the old one is kept as {backup}")
+    from pipeline.tables import atomic
+
+    with atomic(PARAMS) as temporary:
+        temporary.write_bytes(recipes[name])
+    print(f"params.yaml is now the recipe {name}")
+
+
+@app.command()
+def promote(run_id: Annotated[str, typer.Argument(help="A run's id in MLflow, or latest.")] = "latest") -> None:
+    """Register a run's model in MLflow and make it the champion."""
+    from pipeline import registry
+    from pipeline.params import load_params
+
+    run, version = registry.promote(run_id, load_params())
+    print(f"{registry.NAME} version {version}, of run {run}, is now the {registry.CHAMPION}")
+
+
+@app.command()
+def params() -> None:
+    """Check params.yaml, and print every value by its dotted name."""
+    from pipeline.params import flatten, load_params
+
+    for key, value in flatten(load_params()).items():
+        print(f"{key} = {value}")
+
+
+def _terminate(*_: Any) -> NoReturn:
+    sys.exit(128 + signal.SIGTERM)  # an exception, so that what was started is stopped
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The Prefect flow: the DVC graph, a task a stage, in order.
+
+A task runs `dvc repro` for its stage and nothing else. What must be recomputed is DVC's to decide; Prefect decides
+when, shows what happens, and tries again what the network may have spoilt.
+"""
+
+import os
+import sys
+from collections import deque
+from contextlib import ExitStack
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.params import Params, Synthetic, is_remote, load_params
+from pipeline.servers import (
+    GRACE_SECONDS,
+    HOST,
+    QUIET,
+    ServerError,
+    answers,
+    environment,
+    free_port,
+    prefect_answers,
+    prefect_server,
+    process_group,
+)
+
+for _name, _value in QUIET.items():
+    os.environ.setdefault(_name, _value)  # read by Prefect when it is imported
+
+from prefect import Task, flow  # noqa: E402
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.client.schemas.schedules import CronSchedule  # noqa: E402
+from prefect.events.worker import EventsWorker  # noqa: E402
+from prefect.logging import get_run_logger  # noqa: E402
+from prefect.logging.handlers import APILogWorker  # noqa: E402
+from prefect.schedules import Cron  # noqa: E402
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings  # noqa: E402
+from prefect.states import Completed, Failed, State  # noqa: E402
+from prefect.types.entrypoint import EntrypointType  # noqa: E402
+
+LAST_LINES = 20
+"""Lines of DVC's output that a failure's message repeats."""
+RETRY_DELAYS = [10.0, 60.0, 300.0]
+"""Seconds before each new attempt at a download."""
+
+
+LOCAL_API = f"http://{HOST}:4200/api"
+"""Where `cosface ui` and `prefect server start` put a server, unless told otherwise."""
+
+
+class FlowError(InputError):
+    """The flow cannot run or be scheduled; the message says why."""
+
+
+@flow(name="retrain", persist_result=False, validate_parameters=False)
+def retrain() -> State[Any]:
+    """Bring the models and reports of this folder up to date: every stage of dvc.yaml that something changed for."""
+    params = load_params()
+    states: dict[str, State[Any]] = {}
+    for stage, upstream in stages(Path.cwd()).items():
+        states[stage] = _task(stage, params)(stage, wait_for=[states[name] for name in upstream], return_state=True)
+        if not states[stage].is_completed():
+            return Failed(message=states[stage].message)
+    cached = sum(state.name == "Cached" for state in states.values())
+    return Completed(message=f"{len(states) - cached} stages ran, {cached} were cached")
+
+
+def stages(root: Path) -> dict[str, list[str]]:
+    """The stages of the project's DVC graph in an order in which they can run, each with those it depends on.
+
+    Raises:
+        FlowError: there is no DVC project here, or its dvc.yaml cannot be read.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            graph = repo.index.graph  # an edge leads from a stage to one that it depends on
+            names = [stage.addressing for stage in repo.index.stages if stage.cmd]
+            below = {stage.addressing: {other.addressing for other in graph.successors(stage)} for stage in graph}
+    except DvcException as error:
+        raise FlowError(f"{root}: {error}") from error
+    upstream = {name: [other for other in names if other in below[name]] for name in names}
+    return {name: upstream[name] for name in TopologicalSorter(upstream).static_order()}
+
+
+def retries(stage: str, params: Params) -> int:
+    """How often a failed stage is tried again: downloads from afar are, nothing else gets better by repetition."""
+    name, _, which = stage.partition("@")
+    source = getattr(params.download, which, None) if name == "download" else None
+    if source is None or isinstance(source, Synthetic):
+        return 0
+    return len(RETRY_DELAYS) if any(is_remote(place) for place in (source.location, source.pairs or "")) else 0
+
+
+def _task(stage: str, params: Params) -> "Task[[str], State[Any]]":
+    return Task(
+        reproduce,
+        name=stage,
+        task_run_name=stage,
+        retries=retries(stage, params),
+        retry_delay_seconds=RETRY_DELAYS,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
+
+
+def reproduce(stage: str) -> State[Any]:
+    """Run `dvc repro` for one stage, its output in the task's log; `Cached` where DVC found nothing to do."""
+    logger = get_run_logger()
+    lines: deque[str] = deque(maxlen=LAST_LINES)
+    ran = False
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
+    with process_group(command, environment()) as process:
+        assert process.stdout is not None
+        for line in filter(None, map(str.rstrip, process.stdout)):
+            logger.info("%s", line)
+            lines.append(line)
+            ran |= line.startswith("Running stage")
+        code = process.wait()
+    if code:
+        return Failed(message=f"stage {stage} failed (dvc repro ended with {code}):\n" + "\n".join(lines))
+    return Completed() if ran else Completed(name="Cached", message="nothing that it depends on has changed")
+
+
+def retrain_now() -> State[Any]:
+    """Run the flow here, recorded by the Prefect server that answers, or else by one of our own while it lasts.
+
+    Prefect would start one by itself, but leave it behind when the flow is killed.
+
+    Raises:
+        ServerError: the configured server does not answer, or none can be started.
+    """
+    with ExitStack() as stack:
+        api = running_server() or stack.enter_context(prefect_server(free_port())).address + "/api"
+        stack.enter_context(temporary_settings({PREFECT_API_URL: api}))
+        for worker in (APILogWorker, EventsWorker):
+            stack.callback(worker.drain_all)  # they send in the background, and must be done before the server stops
+        return retrain(return_state=True)
+
+
+def running_server() -> str | None:
+    """The API of the configured Prefect server, else of the one on this machine's usual port; None without either.
+
+    Raises:
+        ServerError: the configured server does not answer.
+    """
+    configured = get_current_settings().api.url
+    if configured is None:
+        return LOCAL_API if prefect_answers(LOCAL_API) else None
+    if not answers(configured):
+        raise ServerError(f"PREFECT_API_URL={configured}: no answer; start that server, or unset the variable")
+    return configured
+
+
+def check_schedule(cron: str, timezone: str) -> None:
+    """Whether Prefect understands a schedule.
+
+    Raises:
+        FlowError: it does not; the message says what it should look like.
+    """
+    try:
+        CronSchedule(cron=cron, timezone=timezone)
+    except ValueError as error:
+        raise FlowError(
+            f"--cron {cron!r} --timezone {timezone!r}: not a schedule; five fields (minute, hour, day, month, weekday) "
+            'such as "0 3 * * 0", and a zone such as UTC or Europe/Berlin'
+        ) from error
+
+
+def serve(cron: str, timezone: str, api: str) -> None:
+    """Register the schedule with a Prefect server, and run what it calls for, one at a time, until interrupted.
+
+    In a process group of its own, because Prefect leaves a flow behind that still runs when serving ends.
+
+    Raises:
+        FlowError: serving ended by itself.
+    """
+    command = [sys.executable, "-c", "import sys; from pipeline import flow; flow.serve_here(*sys.argv[1:])"]
+    env = environment(PREFECT_API_URL=api)
+    with process_group([*command, cron, timezone], env, output=None, grace=3 * GRACE_SECONDS) as process:
+        code = process.wait()
+    raise FlowError(f"serving the schedule ended by itself, with {code}")
+
+
+def serve_here(cron: str, timezone: str) -> None:
+    """Serve the schedule in this process, for the configured server."""
+    retrain.serve(
+        name="retrain",
+        schedule=Cron(cron, timezone=timezone),
+        limit=1,  # two at once would wait for each other's DVC locks
+        print_starting_message=False,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )

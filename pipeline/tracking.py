@@ -1,0 +1,384 @@
+"""MLflow runs: parameters, metrics, figures, models and the data's lineage, one run a model.
+
+The only module that knows MLflow, and it imports it only when a run begins: the import takes a second, and
+nothing here is needed with `tracking.enabled: false`. No run id enters an output of a stage; evaluation finds the
+training's run by the content of the model (tag `model.sha256`).
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from pipeline.errors import InputError
+from pipeline.params import Params, flatten
+from pipeline.tables import sha256_file
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+    from mlflow.entities import Run as MlflowRun
+
+log = logging.getLogger(__name__)
+
+MODEL_TAG = "model.sha256"
+RECORDED = ("download", "align", "shard", "train", "evaluate")
+"""Sections of params.yaml that decide what comes out."""
+FLUSH_SECONDS = 5
+"""Metrics wait at most about this long in memory before they are sent, many at a time."""
+PATIENCE_SECONDS = 60
+"""Between attempts where the store does not answer: each one holds the training up for seconds."""
+BATCH = 100
+"""Most parameters, and safely less than the most metrics, that MLflow takes in one call."""
+
+
+class TrackingError(InputError):
+    """MLflow cannot be used; the message names the store and what to do."""
+
+
+def store_uri(root: Path | None = None) -> str:
+    """Where runs are kept: MLFLOW_TRACKING_URI, otherwise mlflow.db in the project (`root`, default: here)."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root or Path.cwd()) / 'mlflow.db'}"
+
+
+def artifacts_root() -> Path:
+    """Where files of runs are kept when the store is on this machine."""
+    return Path.cwd() / "mlartifacts"
+
+
+def model_digest(models: Path) -> str:
+    """SHA-256 of the trained backbone, by which an evaluation finds the run that trained it."""
+    return sha256_file(models / "backbone.safetensors")
+
+
+class NoRun:
+    """The interface of `Run` with tracking switched off: does nothing."""
+
+    id: str | None = None
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Nothing."""
+
+    def log_figure(self, path: Path, artifact_name: str) -> None:
+        """Nothing."""
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        """Nothing."""
+
+    def log_model(self, models: Path) -> None:
+        """Nothing."""
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Nothing."""
+
+
+class Run(NoRun):
+    """A run in MLflow.
+
+    A store that stops answering once the run has begun costs the record, never the training: it is warned of, and
+    metrics are kept to be sent later.
+    """
+
+    def __init__(self, client: "MlflowClient", run: "MlflowRun") -> None:
+        self.id: str = run.info.run_id
+        self._client = client
+        self._experiment = run.info.experiment_id
+        self._model = run.outputs.model_outputs[0].model_id if run.outputs and run.outputs.model_outputs else None
+        self._waiting: list[Metric] = []
+        self._flush_at = time.monotonic() + FLUSH_SECONDS
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Record values by name, at an iteration or (without one) for the run as a whole; cheap inside a loop."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._waiting += [
+            Metric(name, float(value), now, step or 0, model_id=self._model, run_id=self.id)
+            for name, value in metrics.items()
+        ]
+        if time.monotonic() > self._flush_at:
+            self.flush()
+
+    def log_figure(self, path: Path, artifact_name: str) -> None:
+        """Record a picture under a name such as `lfw/roc.png`, below `figures/`."""
+        target = Path("figures") / artifact_name
+        with self._forgiving(artifact_name), tempfile.TemporaryDirectory() as folder:
+            copy = shutil.copyfile(path, Path(folder) / target.name)
+            self._client.log_artifact(self.id, str(copy), target.parent.as_posix())
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        """Record a file in a folder of the run's artifacts."""
+        with self._forgiving(path.name):
+            self._client.log_artifact(self.id, str(path), folder)
+
+    def log_model(self, models: Path) -> None:
+        """Record the files of `models`, and the model as one that MLflow lists, compares, registers and serves.
+
+        The latter is a torch.export archive without pickles: N×3×112×112 uint8 → N×D float32, any N.
+        """
+        with self._forgiving("the model"):
+            self._client.log_artifacts(self.id, str(models), "models")
+            self._model = _log_exported_model(self.id, self._experiment, models)
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Label the run."""
+        with self._forgiving(key):
+            self._client.set_tag(self.id, key, value)
+
+    def close(self, status: str) -> None:
+        """Send what waits and end the run as FINISHED, FAILED or KILLED."""
+        self.flush()
+        with self._forgiving("the end of the run"):
+            self._client.set_terminated(self.id, status)
+
+    def flush(self) -> None:
+        """Send the metrics that wait; where the store does not answer they go on waiting."""
+        self._flush_at = time.monotonic() + PATIENCE_SECONDS
+        with self._forgiving("metrics"):
+            while self._waiting:
+                self._client.log_batch(self.id, metrics=self._waiting[:BATCH])
+                del self._waiting[:BATCH]
+            self._flush_at = time.monotonic() + FLUSH_SECONDS
+
+    @contextmanager
+    def _forgiving(self, what: str) -> Iterator[None]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except MlflowException as error:
+            log.warning("MLflow at %s did not record %s: %s", store_uri(), what, error)
+
+
+@contextmanager
+def training_run(params: Params, *, lineage: dict[str, str], resume_id: str | None = None) -> Iterator[NoRun]:
+    """The MLflow run of a training: begun with all parameters and tags, and ended as the block ends.
+
+    FINISHED when it ends well, KILLED on Ctrl-C or SIGTERM, FAILED on any other exception.
+
+    Args:
+        params: all of params.yaml; the sections that decide what comes out are recorded by dotted name.
+        lineage: tags that say which data it is, such as `{"data.shards": <sha256>}`.
+        resume_id: the run of an interrupted training, which is then continued.
+
+    Yields:
+        A `Run`; a `NoRun` with tracking switched off.
+
+    Raises:
+        TrackingError: the store cannot be used.
+    """
+    if not params.tracking.enabled:
+        yield NoRun()
+        return
+    with store_errors():
+        client, experiment = connect(params)
+        run = _continue(client, resume_id) if resume_id else None
+        run = run or _begin(client, experiment, params, lineage)
+    with _closing(run):
+        yield run
+
+
+@contextmanager
+def training_run_of(models: Path, params: Params) -> Iterator[NoRun]:
+    """The run that trained the model in `models`, for its evaluation to record into.
+
+    Where no run trained it (tracking was off, or it came from a cache filled elsewhere), one is begun for it.
+
+    Raises:
+        TrackingError: the store cannot be used.
+    """
+    if not params.tracking.enabled:
+        yield NoRun()
+        return
+    digest = model_digest(models)
+    with store_errors():
+        client, experiment = connect(params)
+        found = newest_run(client, experiment, f"tags.`{MODEL_TAG}` = '{digest}'")
+        run = Run(client, found) if found else _begin(client, experiment, params, {MODEL_TAG: digest})
+    if not found:
+        log.warning("MLflow has no training run of this model; its evaluation is recorded as a run of its own")
+        with _closing(run):
+            run.log_model(models)
+            yield run
+        return
+    try:
+        yield run
+    finally:
+        run.flush()
+
+
+def connect(params: Params) -> tuple["MlflowClient", str]:
+    """A client of the store, and the id of the experiment of params.yaml, which is made if absent.
+
+    Raises:
+        TrackingError: the store does not answer, or the experiment was deleted.
+    """
+    uri, name = store_uri(), params.tracking.experiment
+    served = uri.startswith(("http://", "https://"))
+    if served:
+        try:
+            httpx.get(uri, timeout=10)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise TrackingError(
+                f"MLFLOW_TRACKING_URI={uri}: no answer ({error}); start that server, unset the variable, "
+                "or set tracking.enabled: false in params.yaml"
+            ) from error
+    client = _client(uri)
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # or the UI takes it for a chat application
+        return client, client.create_experiment(name, None if served else artifacts_root().as_uri(), tags=kind)
+    if experiment.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"tracking.experiment: {name!r} was deleted in MLflow; restore it there or take another name"
+        )
+    return client, experiment.experiment_id
+
+
+def newest_run(client: "MlflowClient", experiment: str, condition: str = "") -> "MlflowRun | None":
+    """The run begun last among those that meet a condition in MLflow's search syntax; None where there is none."""
+    runs = client.search_runs([experiment], condition, order_by=["attributes.start_time DESC"], max_results=1)
+    return runs[0] if runs else None
+
+
+def _client(uri: str) -> "MlflowClient":
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # 7 would stop the training loop for minutes
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    import mlflow
+
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(uri)
+    return mlflow.MlflowClient()
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """MLflow's errors as ours, with the store named."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith("mlflow."):
+            raise TrackingError(f"MLflow store {store_uri()} (MLFLOW_TRACKING_URI): {error}") from error
+        raise
+
+
+def _begin(client: "MlflowClient", experiment: str, params: Params, tags: dict[str, str]) -> Run:
+    from mlflow.entities import Param
+
+    train = params.train
+    name = f"{train.backbone.name} {train.head.name} s={train.head.scale:g} m={train.head.margin:g}"
+    run = client.create_run(experiment, tags=_origin() | tags, run_name=name)
+    values = [
+        Param(key, str(value))
+        for section in RECORDED
+        for key, value in flatten(getattr(params, section), section).items()
+    ]
+    for start in range(0, len(values), BATCH):
+        client.log_batch(run.info.run_id, params=values[start : start + BATCH])
+    for file in ("dvc.lock", "params.yaml"):
+        if Path(file).exists():
+            client.log_artifact(run.info.run_id, file)
+    return Run(client, run)
+
+
+def _continue(client: "MlflowClient", run_id: str) -> Run | None:
+    """The interrupted run, running again; None where the store has it no longer."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.update_run(run_id, status="RUNNING")
+        return Run(client, client.get_run(run_id))
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        log.warning("the interrupted training's run %s is no longer in MLflow; it goes on as a new one", run_id)
+        return None
+
+
+def _origin() -> dict[str, str]:
+    """Tags that say which code, parameters and data: git commit, whether files differ from it, and dvc.lock."""
+    tags: dict[str, str] = {}
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        # DVC itself rewrites dvc.lock between two stages, so that it says nothing about the code
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
+        tags |= {"mlflow.source.git.commit": commit, "git.commit": commit, "git.dirty": str(bool(changed)).lower()}
+    lock = Path("dvc.lock")
+    if lock.exists():
+        tags["dvc.lock"] = hashlib.sha256(lock.read_bytes()).hexdigest()
+    return tags
+
+
+def _git(*arguments: str) -> str:
+    """What git answers; empty where there is no git, no repository or no commit."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+@contextmanager
+def _closing(run: Run) -> Iterator[None]:
+    """End the run as the block ends; SIGTERM becomes SystemExit, so that it ends as KILLED rather than not at all."""
+
+    def terminate(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, terminate) if in_main else None
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        run.close("KILLED")
+        raise
+    except BaseException:
+        run.close("FAILED")
+        raise
+    else:
+        run.close("FINISHED")
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _log_exported_model(run_id: str, experiment: str, models: Path) -> str:
+    """Log the model of a folder as an MLflow model of the run; its id."""
+    import mlflow.pytorch
+    import numpy as np
+    import torch
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    from stages.train.model import load_model
+
+    model = load_model(models, torch.device("cpu"))
+    example = np.zeros((2, 3, 112, 112), np.uint8)  # two, because a batch of one would be exported as always one
+    with torch.inference_mode():
+        width = model(torch.from_numpy(example)).shape[1]
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, 3, 112, 112))]),
+        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, width))]),
+    )
+    with mlflow.start_run(run_id=run_id, experiment_id=experiment):
+        info = mlflow.pytorch.log_model(
+            model,
+            name="cosface",
+            input_example=example,
+            signature=signature,
+            serialization_format="pt2",
+            pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],  # given, or MLflow would run it to find out
+        )
+    return str(info.model_id)

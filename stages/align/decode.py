@@ -1,0 +1,72 @@
+"""From a photograph's bytes to pixels, or a reason why there are none."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What is tried. Pillow knows more, which photographs do not come in and whose readers are less well worn."""
+_MAX_SIDE = 32_766
+"""The longest side that OpenCV can warp, pixels."""
+_FAILURES = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow raises on broken files."""
+
+
+class UnreadableImage(ValueError):
+    """The bytes are no photograph that can be used; the message says why."""
+
+
+def decode(content: bytes) -> NDArray[np.uint8]:
+    """Decode an image file to (height, width, 3) uint8 RGB, upright as its EXIF orientation says.
+
+    Grey, palette, CMYK and 16-bit images become 8-bit RGB; transparency is dropped; of several frames the first counts.
+    Pillow rather than OpenCV, which fills the missing part of a truncated JPEG with grey and says nothing.
+
+    Raises:
+        UnreadableImage: empty, not an image, truncated or otherwise broken, or too large: above 89 million pixels
+            (Pillow's limit against decompression bombs) or 32,766 on a side.
+    """
+    if not content:
+        raise UnreadableImage("empty file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # broken EXIF data and the like, which do no harm
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                if max(image.size) > _MAX_SIDE:
+                    raise UnreadableImage(f"too large: {image.width}×{image.height} pixels")
+                return _rgb(ImageOps.exif_transpose(image))
+        except UnreadableImage:
+            raise
+        except Image.UnidentifiedImageError:
+            raise UnreadableImage(f"none of {', '.join(FORMATS)}, or broken from the start") from None
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise UnreadableImage(f"too large: {error}") from error
+        except _FAILURES as error:
+            raise UnreadableImage(f"broken image: {error}") from error
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow would clip 16-bit grey to 255 instead of scaling it
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # a palette may hold colours only for what is not transparent
+    elif image.mode == "F":
+        raise UnreadableImage("floating-point samples, whose range is unknown")
+    return np.asarray(image.convert("RGB"))

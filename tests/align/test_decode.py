@@ -1,0 +1,147 @@
+"""Decoding against the pixels that were encoded, by OpenCV or Pillow."""
+
+import io
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from stages.align.decode import UnreadableImage, decode
+
+
+def picture() -> NDArray[np.uint8]:
+    """(48, 64, 3), smooth, so that JPEG changes it little, and different in every corner and channel."""
+    y, x = np.mgrid[:48, :64]
+    return np.stack([4 * x, 5 * y, 255 - 2 * x - 2 * y], axis=-1).clip(0, 255).astype(np.uint8)
+
+
+RGB = picture()
+GREY = RGB[..., 0]
+
+
+def encoded(pixels: NDArray[Any], file_format: str, mode: str = "RGB", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+JPEG = encoded(RGB, "JPEG", quality=95)
+NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+LARGE_JPEG = encoded(NOISE, "JPEG", quality=95)
+"""Nearly all of it is the picture, so that wherever it is cut, that is what is cut."""
+
+
+def difference(content: bytes, expected: NDArray[Any]) -> float:
+    decoded = decode(content)
+    assert decoded.dtype == np.uint8
+    assert decoded.shape == expected.shape
+    return float(np.abs(decoded.astype(int) - expected).mean())
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_keep_every_pixel(file_format: str) -> None:
+    assert difference(encoded(RGB, file_format), RGB) == 0
+
+
+@pytest.mark.parametrize("content", [JPEG, encoded(RGB, "JPEG", quality=95, progressive=True)])
+def test_jpeg_is_what_opencv_reads(content: bytes) -> None:
+    bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    assert bgr is not None
+    assert difference(content, bgr[..., ::-1]) < 1
+    assert difference(content, RGB) < 4
+
+
+def test_grey_becomes_three_equal_channels() -> None:
+    expected = np.repeat(GREY[..., None], 3, axis=-1)
+    assert difference(encoded(GREY, "PNG", "L"), expected) == 0
+    assert difference(encoded(GREY, "JPEG", "L", quality=95), expected) < 2
+
+
+def test_cmyk_becomes_rgb_and_not_its_negative() -> None:
+    assert difference(encoded(RGB, "JPEG", "CMYK", quality=95), RGB) < 4
+    assert difference(encoded(RGB, "TIFF", "CMYK"), RGB) == 0
+
+
+def test_a_palette_becomes_its_colours() -> None:
+    few = np.array([[255, 0, 0], [0, 200, 0], [10, 20, 30], [255, 255, 255]], np.uint8)
+    pixels = few[np.arange(48 * 64).reshape(48, 64) % 4]
+    paletted = Image.fromarray(pixels).quantize(4)
+    for options in ({}, {"transparency": 0}):
+        buffer = io.BytesIO()
+        paletted.save(buffer, "PNG", **options)
+        assert difference(buffer.getvalue(), pixels) == 0
+
+
+def test_transparency_is_dropped() -> None:
+    transparent = np.dstack([RGB, np.full(GREY.shape, 100, np.uint8)])
+    assert difference(encoded(transparent, "PNG", "RGBA"), RGB) == 0
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    for name in (".png", ".tiff"):
+        content = cv2.imencode(name, GREY.astype(np.uint16) * 257)[1].tobytes()
+        assert difference(content, np.repeat(GREY[..., None], 3, axis=-1)) == 0
+    colour = cv2.imencode(".png", RGB[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
+    assert difference(colour, RGB) == 0
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [  # of the stored picture, by EXIF 2.3, section 4.6.4
+        (1, RGB),
+        (2, RGB[:, ::-1]),
+        (3, RGB[::-1, ::-1]),
+        (4, RGB[::-1]),
+        (5, RGB.transpose(1, 0, 2)),
+        (6, np.rot90(RGB, -1)),
+        (7, RGB[::-1, ::-1].transpose(1, 0, 2)),
+        (8, np.rot90(RGB, 1)),
+    ],
+)
+def test_exif_rotation_is_undone(orientation: int, upright: NDArray[np.uint8]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert difference(encoded(RGB, "JPEG", quality=95, exif=exif), upright) < 4
+
+
+def test_what_follows_the_end_of_a_jpeg_does_no_harm() -> None:
+    assert (decode(JPEG + bytes(100)) == decode(JPEG)).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty file"),
+        (b"<html>not found</html>", "none of JPEG, PNG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of JPEG, PNG"),
+        (JPEG[:200], "broken image"),
+        (LARGE_JPEG[: len(LARGE_JPEG) // 2], "truncated"),
+        (LARGE_JPEG[: len(LARGE_JPEG) * 99 // 100], "truncated"),
+        (encoded(NOISE, "JPEG", progressive=True)[:-500], "truncated"),
+        (encoded(NOISE, "PNG")[:-500], "truncated"),
+        (encoded(NOISE, "WEBP", lossless=True)[:-500], "broken image"),
+        (encoded(np.zeros((9_500, 9_500), np.uint8), "PNG", "1"), "too large"),
+        (encoded(np.zeros((1, 32_767), np.uint8), "PNG", "1"), "too large: 32767×1 pixels"),
+    ],
+)
+def test_unreadable_images_say_why(content: bytes, reason: str) -> None:
+    with pytest.raises(UnreadableImage, match=reason):
+        decode(content)
+
+
+def test_random_damage_is_never_anything_but_unreadable() -> None:
+    rng = np.random.default_rng(0)
+    whole = [LARGE_JPEG, encoded(RGB, "PNG"), encoded(RGB, "GIF"), encoded(RGB, "WEBP"), encoded(RGB, "BMP")]
+    unreadable = 0
+    for number in range(500):
+        damaged = bytearray(whole[number % len(whole)])
+        for place in rng.integers(0, len(damaged), rng.integers(1, 20)):
+            damaged[place] = rng.integers(0, 256)
+        try:
+            assert decode(bytes(damaged[: rng.integers(1, 2 * len(damaged))])).shape[2] == 3
+        except UnreadableImage:
+            unreadable += 1
+    assert unreadable > 100

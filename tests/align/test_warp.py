@@ -1,0 +1,81 @@
+"""Similarity transforms against scikit-image and against transforms that are known because we made them."""
+
+import cv2
+import numpy as np
+import pytest
+import skimage.transform
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.align.warp import TEMPLATE, centre_crop, similarity, warp
+
+
+def test_agrees_with_scikit_image_on_faces_that_fit_no_template_exactly() -> None:
+    rng = np.random.default_rng(0)
+    landmarks = 3 * TEMPLATE + rng.normal(0, 12, (50, 5, 2)) + rng.uniform(-500, 500, (50, 1, 2))
+    expected = [skimage.transform.SimilarityTransform.from_estimate(face, TEMPLATE).params[:2] for face in landmarks]
+    np.testing.assert_allclose(similarity(landmarks), expected, rtol=0, atol=1e-9)
+
+
+@settings(deadline=None)
+@given(
+    st.floats(0.1, 20),
+    st.floats(-np.pi, np.pi),
+    st.tuples(st.floats(-2000, 2000), st.floats(-2000, 2000)),
+)
+def test_recovers_any_rotation_scale_and_shift(scale: float, angle: float, shift: tuple[float, float]) -> None:
+    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    to_photograph = np.array([[cos, -sin, shift[0]], [sin, cos, shift[1]], [0, 0, 1]])
+    landmarks = TEMPLATE @ to_photograph[:2, :2].T + to_photograph[:2, 2]
+    matrix = similarity(landmarks[None])[0]
+    # shifts of up to 2000 pixels, as seen at the template's scale, keep 10 digits
+    np.testing.assert_allclose(matrix, np.linalg.inv(to_photograph)[:2], rtol=1e-9, atol=1e-8)
+
+
+def test_never_mirrors_a_face() -> None:
+    mirrored = TEMPLATE * (-1, 1)
+    assert np.linalg.det(similarity(mirrored[None])[0, :, :2]) > 0
+
+
+def test_landmarks_in_one_point_are_an_error() -> None:
+    with pytest.raises(ValueError, match="coincide"):
+        similarity(np.ones((1, 5, 2)))
+
+
+def test_landmarks_on_the_template_leave_the_face_as_it_is() -> None:
+    face = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
+    assert (warp(face, similarity(TEMPLATE[None])[0]) == face).all()
+
+
+def test_a_shift_by_whole_pixels_moves_pixels_and_leaves_black() -> None:
+    photograph = np.random.default_rng(0).integers(1, 256, (200, 150, 3), np.uint8)
+    face = warp(photograph, similarity(TEMPLATE[None] + (60, 70))[0])
+    assert (face[:, :90] == photograph[70:182, 60:150]).all()
+    assert (face[:, 90:] == 0).all()
+
+
+def test_what_lies_at_the_landmarks_comes_to_lie_at_the_template() -> None:
+    # five blobs in a photograph, turned by 20 degrees and three times as large as the template
+    turn = 3 * np.array([[np.cos(0.35), -np.sin(0.35)], [np.sin(0.35), np.cos(0.35)]])
+    landmarks = TEMPLATE @ turn.T + (250, 40)
+    y, x = np.mgrid[:500, :500]
+    for landmark, wanted in zip(landmarks, TEMPLATE, strict=True):
+        blob = 255 * np.exp(-((x - landmark[0]) ** 2 + (y - landmark[1]) ** 2) / (2 * 8**2))
+        face = warp(np.repeat(blob[..., None], 3, axis=-1).astype(np.uint8), similarity(landmarks[None])[0])
+        weight = face[..., 0] / face[..., 0].sum()
+        centre = (weight * np.arange(112)).sum(), (weight.T * np.arange(112)).sum()
+        np.testing.assert_allclose(centre, wanted, atol=0.05)
+
+
+@pytest.mark.parametrize("shape", [(250, 250), (1, 1), (3, 4000), (640, 480)])
+def test_centre_crop_of_any_shape(shape: tuple[int, int]) -> None:
+    assert centre_crop(np.full((*shape, 3), 7, np.uint8)).shape == (112, 112, 3)
+
+
+def test_centre_crop_holds_what_the_template_covers_of_an_lfw_photograph() -> None:
+    # a gradient tells which column and row each pixel comes from
+    y, x = np.mgrid[:250, :250].astype(np.uint8)
+    crop = centre_crop(cv2.merge([x, y, x])).astype(int)
+    assert abs(crop[:, 55:57, 0].mean() - 125) <= 2
+    assert abs(crop[55:57, :, 1].mean() - 117) <= 2
+    assert abs(crop[0, -1, 0] - crop[0, 0, 0] - 132) <= 2

@@ -1,0 +1,119 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import RECIPES
+
+QUICKSTART = (RECIPES / "quickstart.yaml").read_bytes()
+
+
+def cosface(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PREFECT_HOME": str(folder / "prefect"), **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def assert_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """One message on stderr, exit status 1, no traceback."""
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def test_help_lists_the_commands(tmp_path: Path) -> None:
+    said = cosface(tmp_path, "--help").stdout
+    assert all(command in said for command in ("retrain", "schedule", "ui", "recipe", "promote", "params"))
+
+
+def test_nothing_slow_is_imported_for_help(tmp_path: Path) -> None:
+    code = "import sys, pipeline.cli; print([m for m in ('prefect', 'mlflow', 'torch', 'dvc') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_params_prints_every_value_by_dotted_name(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(QUICKSTART)
+    said = cosface(tmp_path, "params").stdout.splitlines()
+    assert "train.head.scale = 64.0" in said
+    assert "train.head.margin = 0.35" in said
+
+
+def test_params_names_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(QUICKSTART.replace(b"margin: 0.35", b"margin: -1") + b"marginn: 0.3\n")
+    assert_error(cosface(tmp_path, "params"), "params.yaml", "train.head.margin", "-1", "marginn: unknown key")
+
+
+def test_recipes_are_listed(tmp_path: Path) -> None:
+    assert cosface(tmp_path, "recipe").stdout.split() == sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_recipe_changes_nothing(tmp_path: Path) -> None:
+    assert_error(cosface(tmp_path, "recipe", "arcface"), "no recipe 'arcface'", "cosface-casia", "quickstart")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_replace_each_other(tmp_path: Path) -> None:
+    for name in ("quickstart", "cosface-casia", "quickstart"):
+        assert cosface(tmp_path, "recipe", name).returncode == 0
+        assert (tmp_path / "params.yaml").read_bytes() == (RECIPES / f"{name}.yaml").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_an_edited_params_yaml_is_kept(tmp_path: Path) -> None:
+    edited = QUICKSTART.replace(b"margin: 0.35", b"margin: 0.2")
+    (tmp_path / "params.yaml").write_bytes(edited)
+    assert "params.yaml.bak" in cosface(tmp_path, "recipe", "quickstart").stdout
+    assert (tmp_path / "params.yaml").read_bytes() == QUICKSTART
+    assert (tmp_path / "params.yaml.bak").read_bytes() == edited
+
+
+def test_retrain_outside_a_project(tmp_path: Path) -> None:
+    assert_error(cosface(tmp_path, "retrain"), "params.yaml: no such file")
+    (tmp_path / "params.yaml").write_bytes(QUICKSTART)
+    assert_error(cosface(tmp_path, "retrain"), "not inside of a DVC repository")
+
+
+@pytest.mark.parametrize("command", [("schedule", "--cron", "0 3 * * 0"), ("retrain",)])
+def test_a_prefect_server_that_does_not_answer_is_named(tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "params.yaml").write_bytes(QUICKSTART)
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+    nobody = "http://127.0.0.1:9/api"
+    assert_error(cosface(tmp_path, *command, PREFECT_API_URL=nobody), f"PREFECT_API_URL={nobody}: no answer")
+
+
+def test_schedule_without_a_server_says_how_to_start_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline import cli, flow
+
+    monkeypatch.setattr(flow, "running_server", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["cosface", "schedule", "--cron", "0 3 * * 0"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    said = capsys.readouterr().err
+    assert "prefect server start" in said
+    assert "--start-server" in said
+
+
+def test_a_bad_schedule_is_refused(tmp_path: Path) -> None:
+    assert_error(cosface(tmp_path, "schedule", "--cron", "0 3 * *"), "'0 3 * *'", "five fields")
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert_error(cosface(tmp_path, "ui", "--mlflow-port", str(port)), f"port {port}", "in use", "--mlflow-port")

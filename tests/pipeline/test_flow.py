@@ -1,0 +1,221 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId, TaskRunFilter, TaskRunFilterFlowRunId
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from pipeline import flow, servers
+from pipeline.cli import RECIPES
+from pipeline.flow import FlowError
+from pipeline.params import load_params
+
+GRAPH = """\
+stages:
+  report:  # written before what it needs
+    cmd: cat model > report
+    deps: [model]
+    outs: [report]
+  download:
+    matrix:
+      set: [train, lfw]
+    cmd: echo photographs > raw-${item.set}
+    outs: ["raw-${item.set}"]
+  train:
+    cmd: python -c "import sys; print('loss 1.5'); open('model', 'w').write(sys.prefix)"
+    deps: [raw-train, code]
+    outs: [model]
+"""
+ENDLESS = "sh -c 'echo $$ > shell.pid; sleep 600 & echo $! > child.pid; wait'"
+BROKEN = "sh -c 'echo the disk is full; exit 3'"
+
+
+@dataclass(frozen=True)
+class Ui:
+    process: subprocess.Popen[str]
+    mlflow: str
+    prefect: str
+    said: list[str]
+
+
+@pytest.fixture(scope="module")
+def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
+    """`cosface ui` with stores of its own, so that nothing of the user's is touched; the flows here use its server."""
+    folder = tmp_path_factory.mktemp("ui")
+    env = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    ports = [servers.free_port(), servers.free_port()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "ui", f"--mlflow-port={ports[0]}", f"--prefect-port={ports[1]}"],
+        cwd=folder,
+        env={**env, "PREFECT_HOME": str(folder / "prefect")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    said = [process.stdout.readline() for _ in range(3)]
+    yield Ui(process, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", said)
+    process.terminate()
+    process.wait(timeout=30)
+
+
+@pytest.fixture
+def api(ui: Ui) -> str:
+    return f"{ui.prefect}/api"
+
+
+@pytest.fixture
+def client(api: str) -> Iterator[SyncPrefectClient]:
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A toy graph in a repository of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # the interpreter's folder is not on it
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+    shutil.copy(RECIPES / "quickstart.yaml", "params.yaml")
+    Path("dvc.yaml").write_text(GRAPH)
+    Path("code").write_text("1")
+    return tmp_path
+
+
+def replace_training(command: str) -> None:
+    start, end = GRAPH.index("python -c"), GRAPH.index("\n    deps: [raw-train")
+    Path("dvc.yaml").write_text(GRAPH[:start] + command + GRAPH[end:])
+
+
+def run(client: SyncPrefectClient) -> tuple[str, str, dict[str, str], str]:
+    """Run the flow; its state and message, the states of its tasks in the order they began, and its log."""
+    state = flow.retrain(return_state=True)
+    run_id = state.state_details.flow_run_id
+    assert run_id is not None
+    flow.APILogWorker.drain_all()
+    in_run = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[run_id]))
+    tasks = sorted(client.read_task_runs(task_run_filter=in_run), key=lambda task: str(task.start_time))
+    logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id])), limit=200)
+    log = "\n".join(entry.message for entry in logs)
+    return state.name or "", state.message or "", {task.name: task.state_name or "" for task in tasks}, log
+
+
+def test_the_graph_is_dvc_s_in_an_order_that_runs(project: Path) -> None:
+    graph = flow.stages(project)
+    assert graph == {
+        "download@train": [],
+        "download@lfw": [],
+        "train": ["download@train"],
+        "report": ["train"],
+    }
+    order = list(graph)
+    assert all(order.index(below) < order.index(name) for name, needed in graph.items() for below in needed)
+
+
+def test_a_folder_without_a_graph_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FlowError, match="not inside of a DVC repository"):
+        flow.stages(tmp_path)
+
+
+def test_only_what_changed_runs_and_the_rest_shows_as_cached(project: Path, client: SyncPrefectClient) -> None:
+    name, message, tasks, log = run(client)
+    assert (name, message) == ("Completed", "4 stages ran, 0 were cached")
+    assert tasks == dict.fromkeys(["download@train", "download@lfw", "train", "report"], "Completed")
+    assert list(tasks) == list(flow.stages(project))
+    assert "loss 1.5" in log
+    assert (project / "report").read_text() == sys.prefix
+
+    Path("code").write_text("2")
+    _, message, tasks, log = run(client)
+    assert tasks == {"download@train": "Cached", "download@lfw": "Cached", "train": "Completed", "report": "Cached"}
+    assert message == "1 stages ran, 3 were cached"
+    assert "Stage 'download@lfw' didn't change, skipping" in log
+
+
+def test_a_failed_stage_fails_the_flow_with_its_last_words(project: Path, client: SyncPrefectClient) -> None:
+    replace_training(BROKEN)
+    name, message, tasks, log = run(client)
+    assert name == "Failed"
+    assert message.startswith("stage train failed")
+    assert "the disk is full" in message
+    assert "exited with 3" in message
+    assert tasks == {"download@train": "Completed", "download@lfw": "Completed", "train": "Failed"}
+    assert "Retry" not in log
+
+
+def test_nothing_outlives_a_flow_that_is_ended(project: Path, api: str) -> None:
+    replace_training(ENDLESS)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "retrain"], env={**os.environ, "PREFECT_API_URL": api}
+    )
+    shell, child = (int(wait_for_text(project / name)) for name in ("shell.pid", "child.pid"))
+    between = psutil.Process(shell).parents()  # dvc repro, and above it the flow
+    above = between.index(psutil.Process(process.pid))
+    group = [psutil.Process(child), psutil.Process(shell), *between[:above]]
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert_gone(group)
+
+
+def test_nothing_outlives_a_process_that_is_killed(tmp_path: Path) -> None:
+    code = f"""
+import os
+from pipeline.servers import process_group
+with process_group(["sh", "-c", {ENDLESS!r}], dict(os.environ)) as process:
+    process.wait()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    group = [psutil.Process(int(wait_for_text(tmp_path / name))) for name in ("shell.pid", "child.pid")]
+    process.kill()
+    process.wait()
+    assert_gone(group)
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert [left for left in alive if left.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def wait_for_text(path: Path) -> str:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_text().strip():
+            return path.read_text()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} was not written")
+
+
+def test_only_downloads_from_afar_are_tried_again() -> None:
+    params = load_params(RECIPES / "cosface-casia.yaml")
+    stages = ["download@lfw", "download@train", "download@ytf", "align@lfw", "train"]
+    assert [flow.retries(stage, params) > 0 for stage in stages] == [True, False, False, False, False]
+
+
+def test_schedules_are_checked() -> None:
+    flow.check_schedule("0 3 * * 0", "Europe/Berlin")
+    for cron, timezone in (("0 3 * *", "UTC"), ("every sunday", "UTC"), ("0 3 * * 0", "Mars/Olympus")):
+        with pytest.raises(FlowError, match="not a schedule"):
+            flow.check_schedule(cron, timezone)
+
+
+def test_the_ui_shows_both_until_it_is_ended(ui: Ui) -> None:
+    assert [line.split()[0] for line in ui.said] == ["MLflow", "Prefect", "Ctrl-C"]
+    assert ui.mlflow in ui.said[0]
+    assert ui.prefect in ui.said[1]
+    assert "<title>MLflow</title>" in httpx.get(ui.mlflow).text
+    assert "Prefect" in httpx.get(ui.prefect, follow_redirects=True).text
+    below = psutil.Process(ui.process.pid).children(recursive=True)
+    assert len(below) >= 2
+    ui.process.send_signal(signal.SIGINT)
+    assert ui.process.wait(timeout=60) == 0
+    assert_gone(below)

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import RECIPES
+from pipeline.params import Archive, load_params
+
+ROOT = Path(__file__).parents[2]
+NAMES = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_is_valid(name: str) -> None:
+    load_params(RECIPES / f"{name}.yaml")
+
+
+def test_the_repository_comes_with_the_quickstart() -> None:
+    assert (ROOT / "params.yaml").read_bytes() == (RECIPES / "quickstart.yaml").read_bytes()
+
+
+def test_cosface_casia_is_the_papers_experiment() -> None:
+    """Wang et al., CosFace, CVPR 2018, section 4.1."""
+    params = load_params(RECIPES / "cosface-casia.yaml")
+    train = params.train
+    assert (train.backbone.name, train.backbone.embedding) == ("sphere64", 512)
+    assert (train.head.scale, train.head.margin) == (64, 0.35)
+    assert train.batch == 8 * 64
+    assert (train.optimizer.learning_rate, train.optimizer.momentum, train.optimizer.weight_decay) == (0.1, 0.9, 5e-4)
+    assert train.optimizer.clip_norm is None
+    assert (train.schedule.warmup, train.schedule.milestones, train.schedule.iterations) == (
+        0,
+        [16_000, 24_000, 28_000],
+        30_000,
+    )
+    assert train.augment.horizontal_flip == 0.5
+    assert params.evaluate.flip
+
+
+def test_cosface_casia_takes_lfw_from_its_mirror_with_its_published_hashes() -> None:
+    """The hashes are those scikit-learn pins in sklearn/datasets/_lfw.py."""
+    sklearn_lfw = pytest.importorskip("sklearn.datasets._lfw")
+    lfw = load_params(RECIPES / "cosface-casia.yaml").download.lfw
+    assert isinstance(lfw, Archive)
+    pairs = next(target for target in sklearn_lfw.TARGETS if target.filename == "pairs.txt")
+    assert (lfw.location, lfw.sha256) == (sklearn_lfw.ARCHIVE.url, sklearn_lfw.ARCHIVE.checksum)
+    assert (lfw.pairs, lfw.pairs_sha256) == (pairs.url, pairs.checksum)

@@ -1,0 +1,272 @@
+import hashlib
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from torch import nn
+
+from pipeline import registry, servers, tracking
+from pipeline.params import Backbone, Params
+from pipeline.tracking import NoRun, TrackingError, training_run, training_run_of
+from stages.train.model import build_model, load_model, save_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a commit, whose MLflow store the tests of this file share: making one takes seconds."""
+    project = tmp_path_factory.mktemp("project")
+    shutil.copy(ROOT / "params.yaml", project)
+    (project / "dvc.lock").write_text("schema: '2.0'\n")
+    git = ["git", "-C", str(project), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "begin"]):
+        subprocess.run([*git, *arguments], check=True)
+    return project
+
+
+@pytest.fixture
+def project(store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(store)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return store
+
+
+@pytest.fixture
+def tracked(params: Params, request: pytest.FixtureRequest) -> Params:
+    """Parameters with tracking on, in an experiment of the test's own."""
+    update = {"enabled": True, "experiment": request.node.name}
+    return params.model_copy(update={"tracking": params.tracking.model_copy(update=update)})
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Iterator[Path]:
+    """A small trained model, as far as its files go."""
+    with torch.random.fork_rng():
+        backbone = Backbone(name="small", embedding=16)
+        folder = tmp_path / "models"
+        save_model(folder, build_model(backbone), nn.Linear(16, 2), {"backbone": backbone.model_dump()})
+        yield folder
+
+
+def recorded(project: Path, params: Params) -> list[Run]:
+    """What a reader of the store sees, newest first."""
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    experiment = client.get_experiment_by_name(params.tracking.experiment)
+    return client.search_runs([experiment.experiment_id]) if experiment else []
+
+
+def interrupted_training(params: Params, exception: type[BaseException]) -> None:
+    with training_run(params, lineage={}) as run:
+        run.log_metrics({"train/loss": 2.0}, step=1)
+        raise exception
+
+
+def test_a_training_run_says_what_it_was(project: Path, tracked: Params) -> None:
+    with training_run(tracked, lineage={"data.shards": "abc"}) as run:
+        run.set_tag("colour", "blue")
+    (found,) = recorded(project, tracked)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert found.info.run_name == "small cosface s=64 m=0.35"
+    assert found.info.status == "FINISHED"
+    assert found.data.params["train.head.scale"] == "64.0"
+    assert found.data.params["train.head.margin"] == "0.35"
+    assert found.data.params["download.lfw.folds"] == "10"
+    assert {key.split(".")[0] for key in found.data.params} == {"download", "align", "shard", "train", "evaluate"}
+    tags = found.data.tags
+    assert (tags["git.commit"], tags["git.dirty"]) == (head, "false")
+    assert tags["dvc.lock"] == hashlib.sha256(b"schema: '2.0'\n").hexdigest()
+    assert (tags["data.shards"], tags["colour"]) == ("abc", "blue")
+    files = MlflowClient(tracking.store_uri()).list_artifacts(found.info.run_id)
+    assert {file.path for file in files} == {"dvc.lock", "params.yaml"}
+
+
+def test_changed_code_is_dirty_and_a_changed_lock_is_not(project: Path, tracked: Params) -> None:
+    lock, parameters = project / "dvc.lock", project / "params.yaml"
+    before = lock.read_bytes(), parameters.read_bytes()
+    try:
+        lock.write_text("schema: '2.0'\nstages: {}\n")
+        with training_run(tracked, lineage={}):
+            pass
+        parameters.write_bytes(before[1] + b"# edited\n")
+        with training_run(tracked, lineage={}):
+            pass
+    finally:
+        lock.write_bytes(before[0])
+        parameters.write_bytes(before[1])
+    assert [run.data.tags["git.dirty"] for run in recorded(project, tracked)] == ["true", "false"]
+
+
+def test_metrics_keep_their_steps(project: Path, tracked: Params) -> None:
+    with training_run(tracked, lineage={}) as run:
+        for step in range(1, 251):
+            run.log_metrics({"train/loss": 1 / step, "train/accuracy": step / 250}, step=step)
+    (found,) = recorded(project, tracked)
+    history = MlflowClient(tracking.store_uri()).get_metric_history(found.info.run_id, "train/loss")
+    assert {metric.step: metric.value for metric in history} == {step: 1 / step for step in range(1, 251)}
+    assert found.data.metrics["train/accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("exception", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
+)
+def test_a_run_ends_as_its_training_does(
+    project: Path, tracked: Params, exception: type[BaseException], status: str
+) -> None:
+    with pytest.raises(exception):
+        interrupted_training(tracked, exception)
+    (found,) = recorded(project, tracked)
+    assert found.info.status == status
+    assert found.data.metrics == {"train/loss": 2.0}
+
+
+def test_sigterm_ends_a_run_as_killed(project: Path, tracked: Params) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit), training_run(tracked, lineage={}):
+        signal.raise_signal(signal.SIGTERM)
+    assert recorded(project, tracked)[0].info.status == "KILLED"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_resumed_training_goes_on_in_its_run(project: Path, tracked: Params) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_training(tracked, KeyboardInterrupt)
+    (first,) = recorded(project, tracked)
+    with training_run(tracked, lineage={}, resume_id=first.info.run_id) as second:
+        assert recorded(project, tracked)[0].info.status == "RUNNING"
+        second.log_metrics({"train/loss": 1.0}, step=2)
+    (found,) = recorded(project, tracked)
+    assert (found.info.run_id, found.info.status) == (first.info.run_id, "FINISHED")
+    history = MlflowClient(tracking.store_uri()).get_metric_history(found.info.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_training_whose_run_is_gone_gets_a_new_one(project: Path, tracked: Params) -> None:
+    with training_run(tracked, lineage={}, resume_id="0" * 32) as run:
+        pass
+    assert [found.info.run_id for found in recorded(project, tracked)] == [run.id]
+
+
+def test_evaluation_and_promotion_find_the_training_s_run(project: Path, tracked: Params, models: Path) -> None:
+    with training_run(tracked, lineage={}) as training:
+        training.set_tag("model.sha256", hashlib.sha256((models / "backbone.safetensors").read_bytes()).hexdigest())
+        training.log_model(models)
+    with training_run_of(models, tracked) as evaluation:
+        evaluation.log_metrics({"lfw/accuracy": 0.9})
+        evaluation.log_artifact(models / "model.json", "lfw")
+        evaluation.log_figure(models / "model.json", "lfw/roc.png")
+    (found,) = recorded(project, tracked)
+    assert evaluation.id == training.id == found.info.run_id
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics == {"lfw/accuracy": 0.9}
+
+    client = MlflowClient(tracking.store_uri())
+    for folder, name in (("lfw", "model.json"), ("figures/lfw", "roc.png"), ("models", "backbone.safetensors")):
+        assert f"{folder}/{name}" in [file.path for file in client.list_artifacts(found.info.run_id, folder)]
+
+    assert (
+        registry.promote("latest", tracked)
+        == registry.promote(found.info.run_id, tracked)
+        == (
+            "small cosface s=64 m=0.35",
+            "1",
+        )
+    )
+    champion = client.get_model_version_by_alias("cosface", "champion")
+    assert champion.run_id == found.info.run_id
+    (logged,) = client.search_logged_models([found.info.experiment_id])
+    assert [(metric.key, metric.value) for metric in logged.metrics or []] == [("lfw/accuracy", 0.9)]
+
+    images = torch.randint(0, 256, (5, 3, 112, 112), dtype=torch.uint8)
+    served = mlflow.pytorch.load_model("models:/cosface@champion")  # refuses archives with pickles in them
+    with torch.inference_mode():
+        expected = load_model(models, torch.device("cpu"))(images)
+        np.testing.assert_allclose(served(images), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_without_a_run_gets_one_for_its_evaluation(project: Path, tracked: Params, models: Path) -> None:
+    for accuracy in (0.8, 0.9):
+        with training_run_of(models, tracked) as run:
+            run.log_metrics({"lfw/accuracy": accuracy})
+    (found,) = recorded(project, tracked)
+    assert found.data.tags["model.sha256"] == tracking.model_digest(models)
+    assert found.data.params["train.head.margin"] == "0.35"
+    assert found.data.metrics == {"lfw/accuracy": 0.9}
+    assert found.info.status == "FINISHED"
+
+
+def test_tracking_off_leaves_no_trace(
+    params: Params, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with training_run(params, lineage={}) as run, training_run_of(models, params) as other:
+        for off in (run, other):
+            assert type(off) is NoRun
+            assert off.id is None
+            off.log_metrics({"x": 1.0}, step=1)
+            off.log_model(models)
+            off.log_figure(models / "model.json", "a.png")
+            off.log_artifact(models / "model.json", "a")
+            off.set_tag("a", "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_a_server_that_does_not_answer_is_named(
+    project: Path, tracked: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"http://127.0.0.1:{servers.free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with (
+        pytest.raises(TrackingError, match=f"MLFLOW_TRACKING_URI={address}: no answer"),
+        training_run(tracked, lineage={}),
+    ):
+        pass
+
+
+def test_a_store_that_mlflow_refuses_is_named(project: Path, tracked: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "carrier-pigeon://loft")
+    with pytest.raises(TrackingError, match="carrier-pigeon://loft"), training_run(tracked, lineage={}):
+        pass
+
+
+def test_a_deleted_experiment_is_named(project: Path, tracked: Params) -> None:
+    with training_run(tracked, lineage={}):
+        pass
+    (found,) = recorded(project, tracked)
+    MlflowClient(tracking.store_uri()).delete_experiment(found.info.experiment_id)
+    with pytest.raises(TrackingError, match=f"tracking.experiment: '{tracked.tracking.experiment}' was deleted"):
+        tracking.connect(tracked)
+
+
+def test_promotion_needs_a_run_with_a_model(project: Path, tracked: Params) -> None:
+    with pytest.raises(TrackingError, match="no finished run"):
+        registry.promote("latest", tracked)
+    with pytest.raises(TrackingError, match="Run with id=nosuch not found"):
+        registry.promote("nosuch", tracked)
+    with training_run(tracked, lineage={}) as run:
+        pass
+    with pytest.raises(TrackingError, match=f"{run.id}.* has recorded no model"):
+        registry.promote("latest", tracked)
+
+
+def test_training_outlives_its_tracking_server(
+    project: Path, tracked: Params, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with training_run(tracked, lineage={}):
+        pass
+    gone = MlflowClient(f"http://127.0.0.1:{servers.free_port()}")
+    run = tracking.Run(gone, recorded(project, tracked)[0])
+    run.log_metrics({"train/loss": 2.0}, step=1)
+    run.set_tag("colour", "red")
+    run.close("FINISHED")
+    for what in ("colour", "metrics", "the end of the run"):
+        assert f"did not record {what}: " in caplog.text

@@ -1,0 +1,188 @@
+"""The real graph, end to end, by `dvc repro` itself, on a tiny procedural set in a clone of its own."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ruamel.yaml
+
+ROOT = Path(__file__).parents[1]
+DATA_STAGES = {"download@train", "download@lfw", "download@ytf", "align@train", "align@lfw", "align@ytf", "shard"}
+MODEL_STAGES = {"train", "evaluate@lfw", "evaluate@ytf", "report"}
+
+TINY: dict[str, dict[str, Any]] = {
+    "download.train": {"identities": 10, "images": 8},
+    "download.lfw": {"identities": 12, "images": 3, "folds": 2, "pairs": 12},
+    "download.ytf": {"identities": 8, "images": 2, "videos": 2, "folds": 2, "pairs": 6},
+    "train": {"batch": 16, "log_every": 5, "checkpoint_every": 20},
+    "train.backbone": {"embedding": 32},
+    "train.schedule": {"iterations": 60, "warmup": 5, "milestones": [50]},
+}
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PREFECT_"))}
+    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def call(project: Path, *command: str, expect: int = 0) -> str:
+    done = subprocess.run(
+        command, cwd=project, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == expect, done.stdout
+    return done.stdout
+
+
+def clone(target: Path) -> Path:
+    """The working tree as git would clone it, with tiny parameters, as a repository of its own."""
+    listed = call(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    for name in listed:
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    change(target, TINY)
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "as cloned")):
+        call(target, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", *command)
+    return target
+
+
+def change(project: Path, values: dict[str, dict[str, Any]]) -> None:
+    yaml = ruamel.yaml.YAML()
+    content = yaml.load(project / "params.yaml")
+    for dotted, update in values.items():
+        section = content
+        for name in dotted.split("."):
+            section = section[name]
+        section.update(update)
+    yaml.dump(content, project / "params.yaml")
+
+
+def stages_run(output: str) -> set[str]:
+    return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+def lock(project: Path) -> dict[str, Any]:
+    stages: dict[str, Any] = ruamel.yaml.YAML(typ="safe").load(project / "dvc.lock")["stages"]
+    return stages
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = clone(tmp_path_factory.mktemp("first"))
+    assert stages_run(call(folder, "dvc", "repro")) == DATA_STAGES | MODEL_STAGES
+    return folder
+
+
+def test_every_output_is_there(project: Path) -> None:
+    for name in ("lfw", "ytf"):
+        metrics = json.loads((project / "reports" / name / "metrics.json").read_text())
+        assert set(metrics) == {
+            "accuracy",
+            "accuracy_std",
+            "accuracy_se",
+            "auc",
+            "eer",
+            "tar_at_far",
+            "threshold",
+            "pairs",
+            "undetected",
+        }
+        assert metrics["pairs"] == {"lfw": 24, "ytf": 12}[name]
+        assert metrics["tar_at_far"]["0.001"] is None  # a dozen negatives cannot resolve it
+    page = (project / "reports" / "index.html").read_text()
+    assert "<html" in page
+    assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", page)
+    tracked = call(project, "git", "status", "--porcelain", "--untracked-files=all").splitlines()
+    assert {line[3:] for line in tracked} == {
+        "dvc.lock",
+        "models/train.json",
+        "reports/align/lfw.json",
+        "reports/align/train.json",
+        "reports/align/ytf.json",
+        "reports/lfw/metrics.json",
+        "reports/ytf/metrics.json",
+    }
+
+
+def test_dvc_says_something_useful(project: Path) -> None:
+    shown = json.loads(call(project, "dvc", "metrics", "show", "--json"))[""]["data"]
+    assert "accuracy" in shown["reports/lfw/metrics.json"]["data"]
+    assert "loss" in shown["models/train.json"]["data"]
+    plots = json.loads(call(project, "dvc", "plots", "show", "--json"))
+    assert len(plots) >= 3
+
+
+def test_one_tracked_run_holds_training_and_both_evaluations(project: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "cosface")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert float(run.data.params["train.head.scale"]) == 64
+    assert float(run.data.params["train.head.margin"]) == 0.35
+    for name in ("lfw", "ytf"):
+        metrics = json.loads((project / "reports" / name / "metrics.json").read_text())
+        assert run.data.metrics[f"{name}/accuracy"] == pytest.approx(metrics["accuracy"])
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert steps == list(range(5, 61, 5))
+
+
+def test_a_killed_second_clone_ends_in_the_same_hashes(project: Path, tmp_path: Path) -> None:
+    """kill -9 of everything in the middle of align, then of train; the third go finishes."""
+    second = clone(tmp_path / "second")
+    for sign in ("data/aligned/.train.unfinished", "checkpoints/*/iteration-00000020.pt"):
+        process = subprocess.Popen(
+            ["dvc", "repro"],
+            cwd=second,
+            env=environment(),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 300
+        while not list(second.glob(sign)):
+            assert process.poll() is None, f"ended before {sign} came"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    output = call(second, "dvc", "repro")
+    assert "going on from here" in output
+    assert lock(second) == lock(project)
+    assert not list(second.glob("checkpoints/*"))
+
+
+def test_only_what_changed_is_run_again(project: Path) -> None:
+    assert not stages_run(call(project, "dvc", "repro"))
+
+    code = project / "stages" / "train" / "loop.py"
+    code.write_text(code.read_text() + "# a changed line\n")
+    again = stages_run(call(project, "dvc", "repro", "--dry"))
+    assert "train" in again
+    assert again <= MODEL_STAGES
+    call(project, "git", "checkout", "-q", "stages")
+
+    change(project, {"train.head": {"margin": 0.2}})
+    output = call(project, "cosface", "retrain")
+    assert {name for name in DATA_STAGES | MODEL_STAGES if f"Running stage '{name}'" in output} == MODEL_STAGES
+    assert "Cached" in output
+    difference = call(project, "dvc", "params", "diff")
+    assert "train.head.margin" in difference
+
+
+def test_bad_parameters_stop_the_graph_with_one_message(tmp_path: Path) -> None:
+    project = clone(tmp_path / "bad")
+    change(project, {"train.head": {"margin": -1}})
+    output = call(project, "dvc", "repro", "download@train", expect=255)
+    assert "params.yaml:" in output
+    assert "train.head.margin: Input should be greater than or equal to 0, not -1" in output
+    assert "Traceback" not in output
