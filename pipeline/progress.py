@@ -1,5 +1,6 @@
 """Progress of long work: a live bar with rate and estimate on a terminal, a plain line now and then elsewhere."""
 
+import io
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -53,6 +54,7 @@ def bar(*, total: int | None, label: str, unit: str, initial: int = 0) -> "tqdm[
         mininterval=0.2 if terminal else SECONDS_BETWEEN_LINES,
         maxinterval=SECONDS_BETWEEN_LINES,
         bar_format=None if terminal else LINE,
+        file=None if terminal else io.StringIO(),  # what it would draw with; _Lines logs instead
     )
 
 

@@ -1,7 +1,7 @@
-"""How long each stage of the graph takes, and how much memory: `python benchmarks/pipeline.py NAME`.
+"""How long each stage of the graph takes, and how much memory: `python benchmarks/graph.py NAME`.
 
 Runs every stage of this folder's params.yaml anew, one after the other by `dvc repro --single-item --force`, and keeps
-the result as benchmarks/results/pipeline-NAME.json. Seconds are wall-clock and include DVC's hashing; memory is the
+the result as benchmarks/results/graph-NAME.json. Seconds are wall-clock and include DVC's hashing; memory is the
 largest sum over all processes of a stage of what each has to itself (unique set size), sampled ten times a second.
 """
 
@@ -84,7 +84,7 @@ def main() -> None:
         },
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"pipeline-{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / f"graph-{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{'total':16} {result['total_seconds']:7.1f} s {result['peak_mib']:7.0f} MiB")
 
 
