@@ -188,7 +188,7 @@ def _samples(aligned: Path) -> list[list[str]]:
     identities, of_row, counts = np.unique(table["identity"].to_numpy(), return_inverse=True, return_counts=True)
     if not len(identities):
         raise EvaluationError(f"{aligned}: not one detected face")
-    rich = np.flatnonzero(counts >= min(SAMPLE_FACES, counts.max()))
+    rich = np.flatnonzero(counts >= min(SAMPLE_FACES, int(counts.max())))
     chosen = [ids[_spread(np.flatnonzero(of_row == i), SAMPLE_FACES)] for i in _spread(rich, SAMPLE_IDENTITIES)]
     faces = _faces(aligned, sorted(name for row in chosen for name in row))
     return [[faces[name] for name in row] for row in chosen]
