@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -39,6 +40,8 @@ def unique_bytes(root: psutil.Process) -> int:
 
 def measure(stage: str) -> dict[str, Any]:
     """Seconds and peak memory of one stage."""
+    if stage.startswith("align@"):  # even when forced, it would not align again what is aligned already
+        shutil.rmtree(Path("data/aligned") / stage.removeprefix("align@"), ignore_errors=True)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     started = time.perf_counter()
     process = subprocess.Popen(

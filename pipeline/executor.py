@@ -1,22 +1,43 @@
-"""Workers behind one `concurrent.futures.Executor`, and the loop that feeds them.
+"""Workers behind one `concurrent.futures.Executor`, processes on this machine or a Dask cluster, and what feeds them.
 
-Tasks must be independent and deterministic: the result is the same for any number of workers.
+Tasks must be independent and deterministic: the result is the same for any number of workers, of either kind. Where a
+worker is lost, by the out-of-memory killer or with its machine, its tasks are done again by another.
 """
 
+import ctypes
+import functools
+import logging
 import multiprocessing
 import os
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import psutil
+import tenacity
+
+from pipeline import tables
 from pipeline.errors import InputError
-from pipeline.progress import progress
+from pipeline.params import Machine
+from pipeline.progress import bar
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_LIVES = 3
+"""So many times workers may die without a single task getting done in between."""
+_PATIENCE = 30
+"""Seconds that a Dask scheduler and its first worker are waited for."""
+_CODE = (Path(__file__).parent, Path(__file__).parents[1] / "stages")
+_START = "`dask scheduler --host 127.0.0.1`, then `dask worker tcp://127.0.0.1:8786 --nthreads 1 --memory-limit 2GiB`"
 
 
 def choose_device(name: str) -> "torch.device":
@@ -37,45 +58,214 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_worker() -> None:
-    """One thread a worker, and no life after the parent's: a killed stage leaves nothing running."""
+@functools.cache
+def prepare_worker(threads: int) -> None:
+    """Give this process so many threads, and let it keep the memory that its networks use again and again.
+
+    By default glibc returns large blocks to the system as soon as they are free; having them back, page by page, costs
+    alignment a fifth of its time.
+    """
     import cv2
     import torch
 
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    cv2.setNumThreads(threads)
+    torch.set_num_threads(threads)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc only
+        for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            mallopt(parameter, 1 << 30)
 
 
-def local_pool(workers: int | None) -> Executor:
-    """A pool of fresh single-threaded processes; `None` for one a core."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"  # read by a worker before any code of ours runs in it
-    return ProcessPoolExecutor(workers or cores(), multiprocessing.get_context("spawn"), _start_worker)
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+"""mallopt's names in malloc.h, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD; bytes."""
 
 
 def run_all(
-    function: Callable[..., T], tasks: Sequence[tuple[Any, ...]], *, workers: int | None, label: str, unit: str
+    function: Callable[..., T],
+    tasks: Sequence[tuple[Any, ...]],
+    *,
+    machine: Machine,
+    label: str,
+    unit: str,
+    sizes: Sequence[int] | None = None,
+    most: int | None = None,
 ) -> list[T]:
-    """`function(*task)` for every task, spread over worker processes; results in the order of the tasks.
+    """`function(*task)` for every task, by the workers of `machine.executor`; results in the order of the tasks.
 
-    Shows progress, counted in `unit`. The first failure cancels what has not begun and is raised.
+    The first failure cancels what has not begun and is raised.
+
+    Args:
+        label: what is being done, for the progress shown.
+        unit: what is counted, in the plural.
+        sizes: how many of it each task is worth; one each by default.
+        most: at most so many processes on this machine.
+
+    Raises:
+        InputError: workers die again and again, or the Dask cluster cannot be used.
     """
     if not tasks:
         return []
-    with local_pool(workers) as pool:
-        futures = [pool.submit(function, *task) for task in tasks]
+    worth = sizes or [1] * len(tasks)
+    results: dict[int, T] = {}
+    with bar(total=sum(worth), label=label, unit=unit) as shown:
+
+        def done(index: int, result: T) -> None:
+            results[index] = result
+            shown.update(worth[index])
+
+        call = functools.partial(_prepared, machine.threads, function)
+        if machine.executor == "local":
+            _locally(call, tasks, results, done, _processes(machine, len(tasks), most), machine.threads)
+        else:
+            with _cluster(machine) as executor:
+                _collect(executor, call, tasks, results, done)
+    return [results[i] for i in range(len(tasks))]
+
+
+def _prepared(threads: int, function: Callable[..., T], *task: Any) -> T:
+    prepare_worker(threads)
+    return function(*task)
+
+
+def _collect(
+    executor: Executor,
+    call: Callable[..., T],
+    tasks: Sequence[tuple[Any, ...]],
+    results: dict[int, T],
+    done: Callable[[int, T], None],
+) -> None:
+    """Do the tasks that have no result yet."""
+    futures: dict[Future[T], int] = {
+        executor.submit(call, *task): i for i, task in enumerate(tasks) if i not in results
+    }
+    try:
+        for future in as_completed(futures):
+            done(futures[future], future.result())
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        executor.shutdown(wait=False)
+        for future, index in futures.items():  # what has come in meanwhile need not be done again
+            if index not in results and future.done() and not future.cancelled() and future.exception() is None:
+                done(index, future.result())
+        raise
+
+
+def _locally(
+    call: Callable[..., T],
+    tasks: Sequence[tuple[Any, ...]],
+    results: dict[int, T],
+    done: Callable[[int, T], None],
+    workers: int,
+    threads: int,
+) -> None:
+    """By processes of this machine; when one dies, all begin anew with the tasks that are not done."""
+    deaths: list[int] = []
+
+    def give_up(_: tenacity.RetryCallState) -> bool:
+        deaths.append(len(results))
+        return deaths.count(len(results)) >= _LIVES
+
+    def warn(_: tenacity.RetryCallState) -> None:
+        left = len(tasks) - len(results)
+        log.warning("a worker process died (out of memory?); going on with the %d of %d tasks left", left, len(tasks))
+
+    again = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(BrokenProcessPool), stop=give_up, before_sleep=warn
+    )
+    try:
+        for attempt in again:
+            with attempt, _local_pool(workers, threads) as pool:
+                _collect(pool, call, tasks, results, done)
+    except tenacity.RetryError as error:
+        raise InputError(
+            f"worker processes died {_LIVES} times without finishing a task, probably for want of memory: lower "
+            f"machine.workers (now {workers}) or raise machine.memory, what a worker may need"
+        ) from error
+
+
+def _processes(machine: Machine, tasks: int, most: int | None) -> int:
+    """How many processes to start: what machine.workers says, or one a core as far as memory reaches."""
+    if machine.workers is None:
+        wanted, room = (
+            max(1, cores() // machine.threads),
+            int(psutil.virtual_memory().available / 2**30 / machine.memory),
+        )
+        if room < wanted:
+            log.info("%d workers instead of %d: machine.memory is %g GiB each", max(1, room), wanted, machine.memory)
+        wanted = max(1, min(wanted, room))
+    else:
+        wanted = machine.workers
+    return min(wanted, tasks, most or wanted)
+
+
+def _local_pool(workers: int, threads: int) -> Executor:
+    """Fresh processes, none of which outlives this one."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)  # read by a worker before any code of ours runs in it
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _die_with_parent)
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+@contextmanager
+def _cluster(machine: Machine) -> Iterator[Executor]:
+    """The workers of a Dask scheduler, once it is sure that they can do the work.
+
+    Raises:
+        InputError: there is no scheduler or no worker, a worker has too little memory, other code, or sees other
+            files, or one task has cost several workers their lives.
+    """
+    import distributed
+
+    try:
+        client = distributed.Client(machine.executor, timeout=_PATIENCE)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise InputError(
+            f"machine.executor: no Dask scheduler at {machine.executor} ({error}); start {_START}"
+        ) from error
+    with client:
         try:
-            for future in progress(as_completed(futures), total=len(futures), label=label, unit=unit):
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        return [future.result() for future in futures]
+            client.wait_for_workers(1, timeout=_PATIENCE)
+        except TimeoutError as error:
+            raise InputError(f"machine.executor: {machine.executor} has no workers; start {_START}") from error
+        _check_workers(client, machine)
+        try:
+            yield client.get_executor(pure=False)
+        except distributed.KilledWorker as error:
+            raise InputError(f"machine.executor: {error}. Give the workers more --memory-limit") from error
+
+
+def _check_workers(client: Any, machine: Machine) -> None:
+    for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
+        if 0 < worker["memory_limit"] < machine.memory * 2**30:
+            raise InputError(
+                f"machine.memory: {machine.memory:g} GiB, but the Dask worker {address} has a --memory-limit of "
+                f"{worker['memory_limit'] / 2**30:.2g} GiB"
+            )
+    try:
+        codes = client.run(_code)
+    except ImportError as error:
+        raise InputError(f"machine.executor: a Dask worker cannot import this project: {error}") from error
+    with tempfile.NamedTemporaryFile(dir=".", prefix=".shared-") as file:
+        sees = client.run(os.path.exists, str(Path(file.name).resolve()))
+    for address in codes:
+        if codes[address] != _code():
+            raise InputError(f"machine.executor: the Dask worker {address} runs another version of this project's code")
+        if not sees[address]:
+            raise InputError(
+                f"machine.executor: the Dask worker {address} does not see {Path.cwd()}: it must be shared"
+            )
+
+
+def _code() -> str:
+    return tables.fingerprint(code=_CODE)

@@ -128,19 +128,55 @@ def watched(source: Synthetic | Local | Archive) -> list[str]:
     return [NOTHING_LOCAL if place is None or is_remote(place) else str(local_path(place)) for place in places]
 
 
-class Align(Section):
-    """MTCNN detection and the warp to the 112×112 template."""
+class Detector(Section):
+    """MTCNN's cascade. What its networks fix (cells of 12 pixels, 2 apart; crops of 24 and 48) is in mtcnn.py."""
 
     min_face: Annotated[int, Field(ge=12)]
     """Smallest face looked for, in pixels of the photograph."""
+    min_face_share: Share
+    """The same as a share of the photograph's shorter side; the larger of both holds."""
     factor: Annotated[float, Field(gt=0, lt=1)]
     """Ratio of neighbouring pyramid scales."""
     thresholds: tuple[Share, Share, Share]
     """Face probability above which P-, R- and O-Net keep a candidate."""
+    overlaps: tuple[Share, Share, Share, Share]
+    """Largest overlap that non-maximum suppression leaves: within a scale, between scales and after R-Net as
+    intersection over union, after O-Net as intersection over the smaller area."""
     max_side: Annotated[int, Field(ge=112)]
     """Photographs with a longer side than this, in pixels, are reduced for detection (never for the warp)."""
+
+
+class Face(Section):
+    """The aligned face."""
+
+    width: Literal[112, 96]
+    """Pixels; the height is 112. 96 is the paper's: 8 less on either side."""
+    margin: Annotated[int, Field(ge=0, le=56)]
+    """Pixels kept around it on each side."""
     quality: Annotated[int, Field(ge=50, le=100)]
-    """JPEG quality of the aligned face."""
+    """Of the JPEG."""
+
+
+Look = Literal["smaller", "rotated", "equalised"]
+
+
+class Align(Section):
+    """MTCNN detection and the warp to the template."""
+
+    detector: Detector
+    looks: list[Look]
+    """What is tried, in this order, for a photograph in which no face was found: half the smallest face, turned by 90°
+    either way, the histogram of its luminance equalised."""
+    choose: Literal["centre", "largest", "weighted"]
+    """Of several faces: the one nearest to the photograph's centre, the largest, or that of the largest area − 2 d², d
+    being the distance between both centres in pixels."""
+    face: Face
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.looks)) < len(self.looks):
+            raise ValueError(f"looks: each at most once, not {self.looks}")
+        return self
 
 
 class Shard(Section):
@@ -156,9 +192,11 @@ class Shard(Section):
 
 
 class Backbone(Section):
-    """The network from 112×112 pixels to an embedding."""
+    """The network from an aligned face to an embedding."""
 
     name: Literal["sphere64", "ir50", "small"]
+    width: Literal[112, 96]
+    """Of the faces it sees, pixels; the height is 112. Of wider ones, or with a margin, it sees the middle."""
     embedding: Annotated[int, Field(ge=2)]
     """Length of the embedding."""
 
@@ -237,8 +275,14 @@ class Evaluate(Section):
 class Machine(Section):
     """What runs where. Changes nothing that comes out, so no stage depends on it."""
 
+    executor: Annotated[str, Field(pattern=r"^(local|(tcp|tls|ucx|ws|wss)://.+)$")]
+    """Where rendering, decoding and alignment run: local (processes on this machine), or a Dask scheduler's address."""
     workers: Count | None
-    """Processes for rendering, decoding and alignment; null for one a core."""
+    """Processes on this machine; null for one a core, as many as there is memory for."""
+    threads: Count
+    """Threads of each worker."""
+    memory: Annotated[float, Field(gt=0)]
+    """What a worker may need, GiB."""
     device: Literal["auto", "cpu", "cuda"]
 
 

@@ -50,11 +50,13 @@ ALIGNED = pa.schema(
         ("frame", pa.int32()),
         ("sha256", pa.string()),  # of the source image
         ("status", pa.string()),  # detected | fallback | no_face | unreadable
-        ("image", pa.binary()),  # 112×112 RGB JPEG; null for no_face and unreadable
+        ("image", pa.binary()),  # the aligned face, an RGB JPEG; null for no_face and unreadable
         ("box", pa.list_(pa.float32())),  # left, top, right, bottom in source pixels; null unless detected
         ("landmarks", pa.list_(pa.float32())),  # x, y of the five points in source pixels; null unless detected
         ("score", pa.float32()),  # O-Net face probability; null unless detected
+        ("look", pa.string()),  # first | smaller | rotated | equalised: which look found it; null unless detected
         ("faces", pa.int32()),  # how many faces were found in the photograph; null for unreadable
+        ("others", pa.list_(pa.float32())),  # the boxes of those not chosen, four numbers each; null unless detected
         ("detail", pa.string()),  # why an image is unreadable; null otherwise
     ]
 )
@@ -75,6 +77,7 @@ PART_ROWS = 500
 PART_BYTES = 256 << 20
 """A part closes earlier once its images reach this size, so that memory stays bounded for large photographs."""
 
+_MADE_BY = b"made_by"
 _PART = re.compile(r"part-(\d{5})\.parquet")
 
 
@@ -87,15 +90,18 @@ def part_path(folder: Path, index: int) -> Path:
     return folder / f"part-{index:05d}.parquet"
 
 
-def write_table(path: Path, table: pa.Table, schema: pa.Schema, row_group_rows: int = PART_ROWS) -> None:
+def write_table(
+    path: Path, table: pa.Table, schema: pa.Schema, row_group_rows: int = PART_ROWS, made_by: str | None = None
+) -> None:
     """Write a whole Parquet file atomically; the same table gives the same bytes.
 
-    Image columns hold compressed JPEG and stay as they are; the others are compressed by zstd.
+    Image columns hold compressed JPEG and stay as they are; the others are compressed by zstd. `made_by`, the
+    fingerprint of what decides the rows, goes into the file's metadata.
     """
     with atomic(path) as temporary:
         compression = {name: "NONE" if name == "image" else "ZSTD" for name in schema.names}
         pq.write_table(
-            table.cast(schema),
+            table.cast(schema).replace_schema_metadata({_MADE_BY: made_by} if made_by else None),
             temporary,
             row_group_size=row_group_rows,
             compression=compression,
@@ -155,6 +161,17 @@ def read_parts(folder: Path, schema: pa.Schema, columns: list[str] | None = None
     return pa.concat_tables([read_table(path, schema, columns) for path in parts(folder)])
 
 
+def rows(path: Path) -> int:
+    """How many rows a Parquet file has."""
+    return int(pq.read_metadata(path).num_rows)
+
+
+def made_by(path: Path) -> str | None:
+    """The fingerprint that a Parquet file was written with; None without one."""
+    value: bytes | None = (pq.read_metadata(path).metadata or {}).get(_MADE_BY)
+    return value.decode() if value else None
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
@@ -171,15 +188,9 @@ def fingerprint(*content: Any, code: tuple[Path, ...] = ()) -> str:
 
 
 @contextmanager
-def resumable(folder: Path, key: str) -> Iterator[None]:
-    """Hold `folder` for one writer, keeping what an interrupted run with the same key left in it.
-
-    `key` is a fingerprint of all that decides the folder's content. A folder begun under another key, or
-    finished before, is emptied first. The key lies beside the folder, not in it, so that what lies in it is
-    nothing but output. Another live writer of the same folder is waited for.
-    """
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`, made where it is missing, for one writer; another live one is waited for."""
     folder.mkdir(parents=True, exist_ok=True)
-    marker = folder.with_name(f".{folder.name}.unfinished")
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -187,6 +198,21 @@ def resumable(folder: Path, key: str) -> Iterator[None]:
         log.warning("%s: another process is writing here; waiting for it to end", folder)
         lock.acquire()
     try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def resumable(folder: Path, key: str) -> Iterator[None]:
+    """Hold `folder` for one writer, keeping what an interrupted run with the same key left in it.
+
+    `key` is a fingerprint of all that decides the folder's content. A folder begun under another key, or
+    finished before, is emptied first. The key lies beside the folder, not in it, so that what lies in it is
+    nothing but output. Another live writer of the same folder is waited for.
+    """
+    marker = folder.with_name(f".{folder.name}.unfinished")
+    with locked(folder):
         if marker.exists() and marker.read_text() == key:
             log.info("%s: going on after an interrupted run", folder)
             for stale in folder.glob(".*.tmp"):
@@ -197,5 +223,3 @@ def resumable(folder: Path, key: str) -> Iterator[None]:
             marker.write_text(key)
         yield
         marker.unlink()
-    finally:
-        lock.release()

@@ -365,11 +365,11 @@ def _log_exported_model(run_id: str, experiment: str, models: Path) -> str:
     from stages.train.model import load_model
 
     model = load_model(models, torch.device("cpu"))
-    example = np.zeros((2, 3, 112, 112), np.uint8)  # two, because a batch of one would be exported as always one
+    example = np.zeros((2, 3, 112, model.width), np.uint8)  # two, or the exported model would take just one
     with torch.inference_mode():
         width = model(torch.from_numpy(example)).shape[1]
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, 3, 112, 112))]),
+        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, 3, 112, model.width))]),
         outputs=Schema([TensorSpec(np.dtype("float32"), (-1, width))]),
     )
     with mlflow.start_run(run_id=run_id, experiment_id=experiment):

@@ -104,9 +104,9 @@ def test_every_output_is_there(project: Path) -> None:
     assert {line[3:] for line in tracked} == {
         "dvc.lock",
         "models/train.json",
-        "reports/align/lfw.json",
-        "reports/align/train.json",
-        "reports/align/ytf.json",
+        "reports/align/lfw/metrics.json",
+        "reports/align/train/metrics.json",
+        "reports/align/ytf/metrics.json",
         "reports/lfw/metrics.json",
         "reports/ytf/metrics.json",
     }
@@ -132,6 +132,10 @@ def test_one_tracked_run_holds_training_and_both_evaluations(project: Path) -> N
     for name in ("lfw", "ytf"):
         metrics = json.loads((project / "reports" / name / "metrics.json").read_text())
         assert run.data.metrics[f"{name}/accuracy"] == pytest.approx(metrics["accuracy"])
+    for name in ("train", "lfw", "ytf"):
+        metrics = json.loads((project / "reports" / "align" / name / "metrics.json").read_text())
+        assert run.data.metrics[f"align/{name}/detected"] == metrics["detected"] > 0
+        assert run.data.metrics[f"align/{name}/residual/median"] == pytest.approx(metrics["residual"]["median"])
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps == list(range(5, 61, 5))
 

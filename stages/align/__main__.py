@@ -19,7 +19,7 @@ def main(params: Params) -> None:
         params.align,
         params.machine,
         evaluation=name != "train",
-        report=Path("reports/align") / f"{name}.json",
+        report=Path("reports/align") / name,
     )
 
 

@@ -4,8 +4,10 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -13,6 +15,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What is tried. Pillow knows more, which photographs do not come in and whose readers are less well worn."""
 _MAX_SIDE = 32_766
 """The longest side that OpenCV can warp, pixels."""
+_ORIENTATION = 0x0112
+"""EXIF's tag."""
 _FAILURES = (
     OSError,
     SyntaxError,
@@ -35,11 +39,28 @@ def decode(content: bytes) -> NDArray[np.uint8]:
     """Decode an image file to (height, width, 3) uint8 RGB, upright as its EXIF orientation says.
 
     Grey, palette, CMYK and 16-bit images become 8-bit RGB; transparency is dropped; of several frames the first counts.
-    Pillow rather than OpenCV, which fills the missing part of a truncated JPEG with grey and says nothing.
+    JPEG goes by libjpeg-turbo itself where that takes it without a complaint, everything else by Pillow, which gives
+    the same pixels in twice the time. (Not by OpenCV, which fills the missing part of a truncated JPEG with grey.)
 
     Raises:
         UnreadableImage: empty, not an image, truncated or otherwise broken, or too large: above 89 million pixels
             (Pillow's limit against decompression bombs) or 32,766 on a side.
+    """
+    return decode_reduced(content, lambda height, width: 1)[0]
+
+
+def decode_reduced(content: bytes, reduction: Callable[[int, int], int]) -> tuple[NDArray[np.uint8], int]:
+    """As `decode`, but a JPEG may come at a half, a quarter or an eighth of its size, in a fraction of the time.
+
+    Args:
+        reduction: from height and width to by how much the image may be reduced: 1, 2, 4 or 8.
+
+    Returns:
+        The pixels, and by how much they are reduced: 1 for other formats and for JPEG with an EXIF orientation. Pixel 0
+        of a reduced image covers the first so many of the image.
+
+    Raises:
+        UnreadableImage: as `decode`.
     """
     if not content:
         raise UnreadableImage("empty file")
@@ -50,7 +71,12 @@ def decode(content: bytes) -> NDArray[np.uint8]:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if max(image.size) > _MAX_SIDE:
                     raise UnreadableImage(f"too large: {image.width}×{image.height} pixels")
-                return _rgb(ImageOps.exif_transpose(image))
+                if image.format == "JPEG" and image.mode in ("RGB", "L") and _upright(image):
+                    by = reduction(image.height, image.width)
+                    fast = _jpeg(content, -(-image.height // by), -(-image.width // by))
+                    if fast is not None:
+                        return fast, by
+                return _rgb(ImageOps.exif_transpose(image)), 1
         except UnreadableImage:
             raise
         except Image.UnidentifiedImageError:
@@ -59,6 +85,21 @@ def decode(content: bytes) -> NDArray[np.uint8]:
             raise UnreadableImage(f"too large: {error}") from error
         except _FAILURES as error:
             raise UnreadableImage(f"broken image: {error}") from error
+
+
+def _upright(image: Image.Image) -> bool:
+    return "exif" not in image.info or image.getexif().get(_ORIENTATION, 1) == 1
+
+
+def _jpeg(content: bytes, height: int, width: int) -> NDArray[np.uint8] | None:
+    """A JPEG's pixels at the least size that is not below height × width, or None where the decoder complains of
+    anything: then Pillow is to say what it is.
+    """
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, "RGB", min_height=height, min_width=width)
+    except ValueError:
+        return None
+    return pixels
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:

@@ -4,10 +4,12 @@ Networks", IEEE SPL 2016, arXiv 1604.02878) in torch, over batches of photograph
 Weights, pyramid, thresholds and box arithmetic are those of the authors' release, with its conventions: a box is
 its first and last pixel, counted from 1; landmarks count from 0. The weights are read from the `mtcnn` package,
 which itself is not imported, because that would import TensorFlow.
+
+What is found in a photograph does not depend on what it is batched with: to the bit on a CPU, on a GPU within rounding.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from stages.align.nms import Overlap, nms
+from pipeline import params
+from stages.align.nms import Overlap, suppress
+from stages.align.warp import cut
 
 Image = NDArray[np.uint8]
 """(height, width, 3) RGB."""
@@ -28,10 +32,13 @@ _CELL, _STRIDE = 12, 2
 """What P-Net sees of a scaled photograph at each of its outputs, and the distance between those, in pixels."""
 _POOLS = {"pnet": (2, 0, 0), "rnet": (3, 3, 0, 0), "onet": (3, 3, 2, 0, 0)}
 """Side of the max pooling (stride 2) after each hidden layer; 0 where there is none."""
-_PIXELS = 1 << 20
-"""Pixels of scaled photographs in one forward pass of P-Net: bounds its memory to some 100 MB."""
-_CROPS = 128
-"""Candidates in one forward pass of R-Net or O-Net."""
+_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Pixels of scaled photographs in one forward pass of P-Net: on a CPU what its caches hold, on a GPU what fills it."""
+_CROPS = {"cpu": {24: 64, 48: 32}, "cuda": {24: 4096, 48: 2048}}
+"""Candidates in one forward pass of R-Net (24 pixels) and O-Net (48), for the same reasons."""
+_GRAIN = 8
+"""Photographs of similar size share a canvas, whose sides are multiples of this, in pixels. A photograph always gets
+the same canvas, whether it shares it or not: on another, P-Net's last bits may differ."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,11 @@ class _Candidates:
     def take(self, indices: NDArray[np.intp]) -> "_Candidates":
         return _Candidates(self.owner[indices], self.boxes[indices], self.scores[indices], self.outputs[indices])
 
-    def suppressed(self, threshold: float, overlap: Overlap) -> "_Candidates":
-        """What non-maximum suppression in each photograph leaves: sorted by photograph, then best first."""
-        kept = [np.empty(0, np.intp)]
-        for owner in np.unique(self.owner):
-            own = np.flatnonzero(self.owner == owner)
-            kept.append(own[nms(self.boxes[own], self.scores[own], threshold, overlap)])
-        return self.take(np.concatenate(kept))
+    def suppressed(self, threshold: float, overlap: Overlap, groups: NDArray[np.intp] | None = None) -> "_Candidates":
+        """What non-maximum suppression leaves in each group, by default each photograph, best first."""
+        return self.take(
+            suppress(self.owner if groups is None else groups, self.boxes, self.scores, threshold, overlap)
+        )
 
     def calibrated(self, extra: int = 1) -> "_Candidates":
         """Boxes moved by the network's offsets."""
@@ -88,79 +93,127 @@ class _Candidates:
         return self.boxes[:, 2:] - self.boxes[:, :2] + extra
 
 
+@dataclass(frozen=True)
+class _Level:
+    """A photograph of a batch at one scale of its pyramid."""
+
+    owner: int
+    scale: float
+    height: int
+    width: int
+
+
 class Detector:
     """The cascade of P-Net, R-Net and O-Net.
 
     Args:
-        min_face: smallest face looked for, in pixels.
-        factor: ratio of neighbouring pyramid scales (the original: 0.709, which halves the area).
-        thresholds: face probability that P-, R- and O-Net must give (the original: 0.6, 0.7, 0.7).
+        settings: `max_side` is not looked at: photographs are taken as they are.
         device: where the networks run: "cpu" or "cuda".
     """
 
-    def __init__(self, min_face: int, factor: float, thresholds: tuple[float, float, float], device: str) -> None:
-        self._min_face = min_face
-        self._factor = factor
-        self._thresholds = thresholds
+    def __init__(self, settings: params.Detector, device: str) -> None:
+        self._settings = settings
         self._device = torch.device(device)
         self._pnet, self._rnet, self._onet = (_network(name).to(self._device) for name in _POOLS)
 
     def detect(self, images: Sequence[Image]) -> list[Faces]:
-        """Find the faces in each photograph, (height, width, 3) uint8 RGB, of any mixture of sizes.
-
-        What is found in one does not depend on the others, except for rounding in the last bits.
-        """
+        """Find the faces in each photograph, (height, width, 3) uint8 RGB, of any mixture of sizes."""
+        _, between, after_rnet, after_onet = self._settings.overlaps
         # TF32, which cuDNN convolutions use by default, would move landmarks and flip close decisions.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            squares = self._propose(images)
-            seen = self._look(self._rnet, self._thresholds[1], 24, images, squares)
-            squares = seen.suppressed(0.7, "union").calibrated().squared()
-            seen = self._look(self._onet, self._thresholds[2], 48, images, squares)
-        return _faces(seen, len(images))
+            # Here alone the original takes a box for one pixel less wide than elsewhere.
+            squares = self._propose(images).suppressed(between, "union").calibrated(extra=0).squared()
+            seen = self._look(self._rnet, self._settings.thresholds[1], 24, images, squares)
+            squares = seen.suppressed(after_rnet, "union").calibrated().squared()
+            seen = self._look(self._onet, self._settings.thresholds[2], 48, images, squares)
+        return _faces(seen, len(images), after_onet)
 
     def _propose(self, images: Sequence[Image]) -> _Candidates:
-        """P-Net over the pyramid of each photograph; photographs of one size go together."""
-        by_size: dict[tuple[int, int], list[int]] = {}
-        for index, image in enumerate(images):
-            by_size.setdefault(image.shape[:2], []).append(index)
-        found = [_NOTHING]
-        for (height, width), indices in by_size.items():
-            for scale in _scales(min(height, width), self._min_face, self._factor):
-                size = int(np.ceil(width * scale)), int(np.ceil(height * scale))
-                step = max(1, _PIXELS // (size[0] * size[1]))
-                for start in range(0, len(indices), step):
-                    some = indices[start : start + step]
-                    scaled = [cv2.resize(images[i], size, interpolation=cv2.INTER_AREA) for i in some]
-                    found.append(self._cells(np.stack(scaled), np.array(some), scale).suppressed(0.5, "union"))
-        # Here alone the original takes a box for one pixel less wide than elsewhere.
-        return _join(found).suppressed(0.7, "union").calibrated(extra=0).squared()
+        """P-Net over the pyramid of each photograph."""
+        levels = [level for i, image in enumerate(images) for level in self._pyramid(i, image)]
+        found, groups = [_NOTHING], [np.empty(0, np.intp)]
+        for (height, width), members in _canvases(levels).items():
+            step = max(1, _PIXELS[self._device.type] // (height * width))
+            for start in range(0, len(members), step):
+                some = members[start : start + step]
+                candidates, which = self._cells(images, [levels[i] for i in some], height, width)
+                found.append(candidates)
+                groups.append(np.array(some)[which])
+        return _join(found).suppressed(self._settings.overlaps[0], "union", np.concatenate(groups))
 
-    def _cells(self, scaled: NDArray[Any], owners: NDArray[np.intp], scale: float) -> _Candidates:
-        """P-Net's candidates in photographs (n, h, w, 3) scaled by `scale`, in pixels of the originals."""
-        out = self._pnet(_input(scaled, self._device))
-        probability = _probability(out)
-        image, y, x = (probability >= self._thresholds[0]).nonzero(as_tuple=True)
+    def _pyramid(self, owner: int, image: Image) -> Iterator[_Level]:
+        """Scales from the one that makes the smallest face a P-Net cell to the last that leaves a whole cell."""
+        height, width = image.shape[:2]
+        shorter = min(height, width)
+        scale = _CELL / max(self._settings.min_face, self._settings.min_face_share * shorter)
+        while shorter * scale >= _CELL:
+            yield _Level(owner, scale, int(np.ceil(height * scale)), int(np.ceil(width * scale)))
+            scale *= self._settings.factor
+
+    def _cells(
+        self, images: Sequence[Image], levels: Sequence[_Level], height: int, width: int
+    ) -> tuple[_Candidates, NDArray[np.intp]]:
+        """P-Net's candidates in some levels on canvases of (height, width), in pixels of the photographs; and the
+        level that each comes from.
+        """
+        canvas = np.zeros((len(levels), height, width, 3), np.uint8)
+        for own, level in zip(canvas, levels, strict=True):
+            size = level.width, level.height
+            own[: level.height, : level.width] = cv2.resize(images[level.owner], size, interpolation=cv2.INTER_AREA)
+        out, probability = self._pnet_maps(canvas, np.array([(level.height, level.width) for level in levels]))
+        which, y, x = (probability >= self._settings.thresholds[0]).nonzero(as_tuple=True)
         cell = torch.stack([x, y], dim=1).cpu().numpy() * _STRIDE
-        return _Candidates(
-            owner=owners[image.cpu().numpy()],
-            boxes=np.trunc(np.hstack([cell + 1, cell + _CELL]) / scale),
-            scores=probability[image, y, x].cpu().numpy(),
-            outputs=out[image, :4, y, x].cpu().numpy(),
-        )
+        scores, outputs = probability[which, y, x].cpu().numpy(), out[which, :4, y, x].cpu().numpy()
+        owners, scales = np.array([level.owner for level in levels]), np.array([level.scale for level in levels])
+        index = which.cpu().numpy()
+        boxes = np.trunc(np.hstack([cell + 1, cell + _CELL]) / scales[index, None])
+        return _Candidates(owners[index], boxes, scores, outputs), index
+
+    def _pnet_maps(self, canvas: NDArray[np.uint8], sizes: NDArray[np.intp]) -> tuple[torch.Tensor, torch.Tensor]:
+        """P-Net's outputs (n, 6, h', w') and face probabilities (n, h', w') on canvases (n, h, w, 3), whose photographs
+        have `sizes` (n, 2): beyond those the probability is zero, and nothing beyond them changes what is within.
+        """
+        filled = bool((sizes == canvas.shape[1:3]).all())
+        maps = self._pnet[:2](_input(canvas, self._device))
+        if not filled:  # the pooling that follows takes ragged edges: what lies beyond must not be the largest there
+            maps = maps.masked_fill(self._beyond(sizes - 2, maps), -torch.inf)
+        out = self._pnet[2:](maps)
+        probability = _probability(out)
+        if not filled:
+            probability = probability.masked_fill(self._beyond(-(-(sizes - 2) // 2) - 4, out)[:, 0], 0)
+        return out, probability
+
+    def _beyond(self, sizes: NDArray[np.intp], maps: torch.Tensor) -> torch.Tensor:
+        """(n, 1, h, w) what of maps (n, c, h, w) lies beyond the sizes (n, 2)."""
+        height, width = torch.from_numpy(sizes).to(self._device)[:, :, None].unbind(1)
+        rows, columns = (torch.arange(length, device=self._device) for length in maps.shape[2:])
+        return ((rows >= height)[:, :, None] | (columns >= width)[:, None, :])[:, None]
 
     def _look(
         self, net: nn.Module, threshold: float, side: int, images: Sequence[Image], candidates: _Candidates
     ) -> _Candidates:
         """Those of the candidates that R-Net or O-Net, looking at side × side pixels, takes for faces."""
         seen = [_NOTHING]
-        for start in range(0, len(candidates.owner), _CROPS):
-            some = candidates.take(np.arange(start, min(start + _CROPS, len(candidates.owner))))
-            pairs = zip(some.owner, some.boxes.astype(int), strict=True)
-            out = net(_input(np.stack([_crop(images[i], box, side) for i, box in pairs]), self._device)).flatten(1)
+        step = _CROPS[self._device.type][side]
+        for start in range(0, len(candidates.owner), step):
+            some = candidates.take(np.arange(start, min(start + step, len(candidates.owner))))
+            crops = np.zeros((step if self._device.type == "cpu" else len(some.owner), side, side, 3), np.float32)
+            for crop, owner, box in zip(crops, some.owner, some.boxes.astype(int).tolist(), strict=False):
+                _crop(images[owner], box, crop)
+            out = net(_input(crops, self._device)).flatten(1)[: len(some.owner)]
             scores = _probability(out).cpu().numpy()
             judged = replace(some, scores=scores, outputs=out[:, :-2].cpu().numpy())
             seen.append(judged.take(np.flatnonzero(scores > threshold)))
         return _join(seen)
+
+
+def _canvases(levels: Sequence[_Level]) -> dict[tuple[int, int], list[int]]:
+    """Levels, by index, that share a canvas (height, width)."""
+    canvases: dict[tuple[int, int], list[int]] = {}
+    for index, level in enumerate(levels):
+        height, width = (-(-side // _GRAIN) * _GRAIN for side in (level.height, level.width))
+        canvases.setdefault((height, width), []).append(index)
+    return canvases
 
 
 _NOTHING = _Candidates(np.empty(0, np.intp), np.empty((0, 4)), np.empty(0, np.float32), np.empty((0, 4), np.float32))
@@ -173,37 +226,27 @@ def _join(candidates: Sequence[_Candidates]) -> _Candidates:
     )
 
 
-def _faces(seen: _Candidates, count: int) -> list[Faces]:
+def _faces(seen: _Candidates, count: int, threshold: float) -> list[Faces]:
     """The faces in each of `count` photographs, of what O-Net has accepted."""
     # O-Net gives five x, then five y
     points = seen.outputs[:, 4:].reshape(-1, 2, 5).transpose(0, 2, 1)
     landmarks = (seen.boxes[:, None, :2] - 1 + points * seen.extent()[:, None]).reshape(-1, 10).astype(np.float32)
-    final = replace(seen.calibrated(), outputs=landmarks).suppressed(0.7, "min")
-    each = [final.take(np.flatnonzero(final.owner == i)) for i in range(count)]
-    return [Faces(own.boxes.astype(np.float32), own.scores, own.outputs.reshape(-1, 5, 2)) for own in each]
+    final = replace(seen.calibrated(), outputs=landmarks).suppressed(threshold, "min")
+    each = np.split(np.arange(len(final.owner)), np.searchsorted(final.owner, np.arange(1, count)))[:count]
+    return [
+        Faces(final.boxes[own].astype(np.float32), final.scores[own], final.outputs[own].reshape(-1, 5, 2))
+        for own in each
+    ]
 
 
-def _scales(shorter: int, min_face: int, factor: float) -> list[float]:
-    """Scales of the pyramid: from the one that makes `min_face` a P-Net cell to the last that leaves a whole cell."""
-    scales = []
-    scale = _CELL / min_face
-    while shorter * scale >= _CELL:
-        scales.append(scale)
-        scale *= factor
-    return scales
-
-
-def _crop(image: Image, box: NDArray[np.int_], side: int) -> NDArray[np.float32]:
-    """What lies in a box, black where that is outside the photograph, resized to (side, side, 3).
+def _crop(image: Image, box: Sequence[int], out: NDArray[np.float32]) -> None:
+    """What lies in a box, black where that is outside the photograph, resized to `out`, (side, side, 3).
 
     Not rounded to whole grey levels: that would move landmarks by some hundredths of a pixel.
     """
-    left, top, right, bottom = box - (1, 1, 0, 0)  # counted from 0, the last one excluded
-    x, y = max(left, 0), max(top, 0)
-    inside = image[y : max(bottom, 0), x : max(right, 0)]
-    crop = np.zeros((bottom - top, right - left, 3), np.float32)
-    crop[y - top : y - top + inside.shape[0], x - left : x - left + inside.shape[1]] = inside
-    return cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32, copy=False)
+    left, top, right, bottom = box  # counted from 1, the last one included
+    crop = cut(image, left - 1, top - 1, right, bottom).astype(np.float32)
+    cv2.resize(crop, out.shape[1::-1], dst=out, interpolation=cv2.INTER_AREA)
 
 
 def _input(pixels: NDArray[Any], device: torch.device) -> torch.Tensor:
@@ -214,6 +257,31 @@ def _input(pixels: NDArray[Any], device: torch.device) -> torch.Tensor:
 def _probability(out: torch.Tensor) -> torch.Tensor:
     """Softmax over the last two channels, (not a face, a face)."""
     return out[:, -2:].softmax(dim=1)[:, 1]
+
+
+class _MaxPool(nn.Module):
+    """Max pooling with stride 2 whose last windows may reach beyond the edge.
+
+    What torch's own computes, which looks for the places of the maxima too and takes four times as long on a CPU.
+    """
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self._side = side
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """(n, c, h, w) to (n, c, ⌈(h − side) / 2⌉ + 1, ⌈(w − side) / 2⌉ + 1)."""
+        for axis in (2, 3):
+            count = -(-(maps.shape[axis] - self._side) // 2) + 1
+            slices = [maps[(slice(None),) * axis + (slice(i, None, 2),)] for i in range(self._side)]
+            whole = [part.narrow(axis, 0, count) for part in slices if part.shape[axis] >= count]
+            maps = torch.maximum(whole[0], whole[1]) if len(whole) > 1 else whole[0].clone()
+            for part in whole[2:]:
+                torch.maximum(maps, part, out=maps)
+            for part in slices[len(whole) :]:  # of the last window, this is beyond the edge
+                inside = maps.narrow(axis, 0, count - 1)
+                torch.maximum(inside, part.narrow(axis, 0, count - 1), out=inside)
+        return maps
 
 
 def _network(name: str) -> nn.Sequential:
@@ -229,7 +297,7 @@ def _network(name: str) -> nn.Sequential:
         layers += [_convolution(kernel, bias, channels), _prelu(slope)]
         channels = len(bias)
         if pool:
-            layers.append(nn.MaxPool2d(pool, stride=2, ceil_mode=True))
+            layers.append(_MaxPool(pool))
     layers.append(_convolution(np.concatenate(heads[0::2], axis=-1), np.concatenate(heads[1::2]), channels))
     return nn.Sequential(*layers).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

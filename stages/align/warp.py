@@ -1,8 +1,10 @@
-"""From five landmarks to the 112×112 face: similarity transform and bilinear warp."""
+"""From five landmarks to the aligned face: similarity transform and bilinear warp."""
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.params import Face
 
 SIDE = 112
 """Side of an aligned face in pixels."""
@@ -39,13 +41,30 @@ def similarity(landmarks: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.stack([a.real, -a.imag, b.real, a.imag, a.real, b.imag], axis=1).reshape(-1, 2, 3)
 
 
-def warp(image: NDArray[np.uint8], matrix: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """The aligned face (112, 112, 3) of a photograph (height, width, 3) by a (2, 3) matrix from `similarity`.
+def warp(image: NDArray[np.uint8], matrix: NDArray[np.float64], face: Face) -> NDArray[np.uint8]:
+    """The aligned face of a photograph (height, width, 3) by a (2, 3) matrix from `similarity`.
 
     Bilinear; black where the face reaches beyond the photograph.
+
+    Returns:
+        (112 + 2·margin, width + 2·margin, 3).
     """
-    face = cv2.warpAffine(image, matrix, (SIDE, SIDE), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
-    return face.astype(np.uint8, copy=False)
+    shifted = matrix.copy()
+    shifted[:, 2] += (face.width - SIDE) / 2 + face.margin, face.margin
+    size = face.width + 2 * face.margin, SIDE + 2 * face.margin
+    aligned = cv2.warpAffine(image, shifted, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+    return aligned.astype(np.uint8, copy=False)
+
+
+def cut(image: NDArray[np.uint8], left: int, top: int, right: int, bottom: int) -> NDArray[np.uint8]:
+    """The rectangle of an image from pixel (left, top) to before (right, bottom), black where that is outside."""
+    x, y = max(left, 0), max(top, 0)
+    inside = image[y : max(bottom, 0), x : max(right, 0)]
+    if inside.shape[:2] == (bottom - top, right - left):
+        return inside
+    padded = np.zeros((bottom - top, right - left, 3), np.uint8)
+    padded[y - top : y - top + inside.shape[0], x - left : x - left + inside.shape[1]] = inside
+    return padded
 
 
 _CROP, _HEIGHT = 0.53, 0.47
@@ -53,14 +72,16 @@ _CROP, _HEIGHT = 0.53, 0.47
 lies. It is what the template covers of an LFW photograph: 132 of 250 pixels, 117 from the top (medians over 200)."""
 
 
-def centre_crop(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def centre_crop(image: NDArray[np.uint8], face: Face) -> NDArray[np.uint8]:
     """What stands in for the aligned face where an evaluation set has a photograph without a detected one.
 
-    The square (112, 112, 3) in which the face lies as in an aligned one if the photograph is framed as LFW's are.
+    The face lies in it as in an aligned one if the photograph is framed as LFW's are; of the same size as from `warp`.
     """
     height, width = image.shape[:2]
-    side = max(1, round(_CROP * min(height, width)))
-    top, left = int(_HEIGHT * height - side / 2), (width - side) // 2
-    crop = image[top : top + side, left : left + side]
-    face = cv2.resize(crop, (SIDE, SIDE), interpolation=cv2.INTER_AREA if side > SIDE else cv2.INTER_LINEAR)
-    return face.astype(np.uint8, copy=False)
+    pixel = _CROP * min(height, width) / SIDE  # of the aligned face, in those of the photograph
+    size = face.width + 2 * face.margin, SIDE + 2 * face.margin
+    across, down = (max(1, round(length * pixel)) for length in size)
+    left, top = (width - across) // 2, int(_HEIGHT * height - down / 2)
+    crop = cut(image, left, top, left + across, top + down)
+    resized = cv2.resize(crop, size, interpolation=cv2.INTER_AREA if pixel > 1 else cv2.INTER_LINEAR)
+    return resized.astype(np.uint8, copy=False)

@@ -106,11 +106,18 @@ def _run_synthetic(set_name: str, params: Synthetic, out: Path, machine: Machine
         contents.add(_ids(photograph), photograph.image_id)
     with tables.resumable(out, tables.fingerprint(set_name, params.model_dump(exclude={"watch"}), code=(CODE,))):
         tasks = [
-            (path, params, photographs[start : start + tables.PART_ROWS])
+            (path.resolve(), params, photographs[start : start + tables.PART_ROWS])
             for index, start in enumerate(range(0, len(photographs), tables.PART_ROWS))
             if not (path := tables.part_path(out, index)).exists()
         ]
-        run_all(_render_part, tasks, workers=machine.workers, label=f"{set_name}: rendering", unit="parts")
+        run_all(
+            _render_part,
+            tasks,
+            machine=machine,
+            label=f"{set_name}: rendering",
+            unit="images",
+            sizes=[len(task[2]) for task in tasks],
+        )
         if pairs is not None:
             tables.write_table(out / "pairs.parquet", pairs, tables.PAIRS)
     _report(set_name, contents, params.folds * params.pairs)

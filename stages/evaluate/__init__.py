@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline import tables
 from pipeline.executor import choose_device
+from pipeline.pages import save_png
 from pipeline.params import Evaluate, Machine
 from pipeline.tracking import NoRun
 from stages.evaluate import embed, figures
@@ -91,9 +92,9 @@ def _write(out: Path, scored: pa.Table, metrics: Metrics, undetected: int) -> No
     roc = figures.thin(metrics.roc)
     with tables.atomic(out / "roc.csv") as path:
         path.write_text("far,tar\n" + "".join(f"{_rounded(x)},{_rounded(y)}\n" for x, y in _points(roc)))
-    figures.save_png(figures.roc_figure(metrics), out / "roc.png")
+    save_png(figures.roc_figure(metrics), out / "roc.png")
     scores, same = scored["score"].to_numpy(), scored["same"].to_numpy()
-    figures.save_png(figures.scores_figure(scores, same, metrics.threshold), out / "scores.png")
+    save_png(figures.scores_figure(scores, same, metrics.threshold), out / "scores.png")
     summary = {
         "accuracy": _rounded(metrics.accuracy),
         "accuracy_std": _rounded(metrics.accuracy_std),

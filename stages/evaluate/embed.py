@@ -9,9 +9,9 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +23,7 @@ from pipeline import tables
 from pipeline.executor import cores
 from pipeline.progress import bar
 from stages.evaluate.verification import EvaluationError
+from stages.train.model import FaceError, FaceModel, decode_face
 
 log = logging.getLogger(__name__)
 
@@ -90,20 +91,10 @@ def choose_frames(aligned: Path, names: list[str]) -> Frames:
     return Frames(names, template, detected, detected | fallback)
 
 
-def decode(jpeg: bytes) -> NDArray[np.uint8]:
-    """An aligned face: 112×112×3 uint8, RGB.
-
-    Raises:
-        EvaluationError: the bytes are not such an image.
-    """
-    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if image is None or image.shape != (112, 112, 3):
-        raise EvaluationError(f"not a 112×112 JPEG but {'no image' if image is None else image.shape}")
-    return image.astype(np.uint8, copy=False)
-
-
-def batches(aligned: Path, frames: Frames, batch: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-    """The used frames in order: their templates (B) and pixels (B×3×112×112 uint8, RGB), B <= batch.
+def batches(
+    aligned: Path, frames: Frames, batch: int, width: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+    """The used frames in order: their templates (B) and pixels (B×3×112×width uint8, RGB), B <= batch.
 
     One part is in memory at a time; while the caller works on a batch, threads decode the next ones of its part.
     """
@@ -113,12 +104,12 @@ def batches(aligned: Path, frames: Frames, batch: int) -> Iterator[tuple[NDArray
             if not len(rows):
                 continue
             images = tables.read_table(path, tables.ALIGNED, ["image"])["image"].take(rows).to_pylist()
-            decoded = threads.map(decode, images)
+            decoded = threads.map(decode_face, images, repeat(width))
             for start in range(0, len(rows), batch):
                 of_batch = rows[start : start + batch]
                 try:
                     pixels = np.stack([next(decoded) for _ in of_batch])
-                except EvaluationError as error:
+                except FaceError as error:
                     raise EvaluationError(f"{path}: {error}; delete {aligned} and run `dvc repro`") from error
                 yield template[of_batch], pixels.transpose(0, 3, 1, 2)
 
@@ -141,7 +132,7 @@ def embed(model: nn.Module, images: torch.Tensor, flip: bool) -> torch.Tensor:
 
 
 def templates(
-    model: nn.Module, aligned: Path, frames: Frames, *, batch: int, flip: bool, device: torch.device
+    model: FaceModel, aligned: Path, frames: Frames, *, batch: int, flip: bool, device: torch.device
 ) -> NDArray[np.float64]:
     """Unit vectors of all templates, T×D; zero for one without any usable frame. Each frame is embedded once.
 
@@ -150,7 +141,7 @@ def templates(
     """
     sums: NDArray[np.float64] | None = None
     with bar(total=frames.count, label=f"{aligned.name}: embedding", unit="images") as shown:
-        for template, pixels in batches(aligned, frames, batch):
+        for template, pixels in batches(aligned, frames, batch, model.width):
             embeddings = embed(model, torch.from_numpy(np.ascontiguousarray(pixels)).to(device), flip).cpu().numpy()
             if not np.isfinite(embeddings).all():
                 raise EvaluationError("the model's features are not finite numbers: its training has diverged")

@@ -3,7 +3,6 @@
 The page follows from the run's files and params.yaml alone: no clock, no machine, nothing fetched.
 """
 
-import base64
 import csv
 import json
 from dataclasses import dataclass
@@ -13,15 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
-from pipeline import tables
+from pipeline import pages, tables
 from pipeline.entry import stage
+from pipeline.pages import data_uri, to_svg
 from pipeline.params import SETS, Params, Synthetic, flatten
+from pipeline.tracking import training_run_of
 from stages.evaluate import SCORES, EvaluationError, figures
 from stages.evaluate.embed import choose_frames
-from stages.evaluate.figures import to_svg
 from stages.evaluate.verification import Metrics, evaluate
 
 PROTOCOLS = {"lfw": "LFW", "ytf": "YTF"}
@@ -78,7 +77,8 @@ def build(reports: Path, models: Path, aligned: Path, out: Path, params: Params)
     """Write the page and return the verdict, a line a protocol.
 
     Args:
-        reports: folder with `align/<set>.json` and, for each protocol, `<set>/scores.parquet` and `metrics.json`.
+        reports: folder with `align/<set>/metrics.json` and, for each protocol, `<set>/scores.parquet` and
+            `metrics.json`.
         models: folder with history.csv and train.json.
         aligned: folder of the aligned sets.
         out: the page.
@@ -88,27 +88,19 @@ def build(reports: Path, models: Path, aligned: Path, out: Path, params: Params)
         EvaluationError, TableError, OSError: something the page shows is absent or unreadable.
     """
     protocols = [_protocol(name, reports / name, aligned / name, params) for name in PROTOCOLS]
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    page = templates.get_template("report.html.j2").render(
+    pages.render(
+        Path(__file__).parent / "report.html.j2",
+        out,
         protocols=protocols,
         procedural=[name for name in SETS if isinstance(getattr(params.download, name), Synthetic)],
         trained=_read_json(models / "train.json"),
         head=params.train.head,
         backbone=params.train.backbone,
         training=_training_charts(models / "history.csv"),
-        counts=[{"set": name} | _counts(reports / "align" / f"{name}.json") for name in SETS],
+        counts=[{"set": name} | _counts(_alignment(reports, name)) for name in SETS],
         samples=_samples(aligned / "train"),
         parameters={name: flatten(getattr(params, name), name) for name in SHOWN_SECTIONS},
     )
-    with tables.atomic(out) as path:
-        path.write_text(page, encoding="utf-8")
     return [protocol.verdict for protocol in protocols]
 
 
@@ -172,12 +164,8 @@ def _faces(aligned: Path, names: list[str]) -> dict[str, str]:
         new = [(names[i], row) for i, row in zip(which, first_row, strict=True) if i >= 0 and names[i] not in faces]
         if new:
             images = tables.read_table(path, tables.ALIGNED, ["image"])["image"]
-            faces |= {name: _data_uri(images[int(row)].as_py()) for name, row in new}
+            faces |= {name: data_uri(images[int(row)].as_py()) for name, row in new}
     return faces
-
-
-def _data_uri(jpeg: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
 
 
 def _samples(aligned: Path) -> list[list[str]]:
@@ -209,14 +197,14 @@ def _training_charts(history: Path) -> dict[str, str]:
     if not needed <= columns.keys():
         raise EvaluationError(f"{history}: has columns {sorted(columns)}, expected {sorted(needed)} and at least a row")
     iteration = [int(value or 0) for value in columns["iteration"]]
-    loss = figures.training_figure(iteration, ("loss", columns["loss"], figures.SAME))
+    loss = figures.training_figure(iteration, ("loss", columns["loss"], pages.SAME))
     accuracy = figures.training_figure(
         iteration,
-        ("training", columns["accuracy"], figures.SAME),
-        ("validation", columns["val_accuracy"], figures.DIFFERENT),
+        ("training", columns["accuracy"], pages.SAME),
+        ("validation", columns["val_accuracy"], pages.DIFFERENT),
         share=True,
     )
-    rate = figures.training_figure(iteration, ("rate", columns["learning_rate"], figures.SAME), log=True)
+    rate = figures.training_figure(iteration, ("rate", columns["learning_rate"], pages.SAME), log=True)
     return {
         "Loss (LMCL)": to_svg(loss, "loss"),
         "Accuracy among training identities": to_svg(accuracy, "accuracy"),
@@ -224,9 +212,23 @@ def _training_charts(history: Path) -> dict[str, str]:
     }
 
 
-def _counts(path: Path) -> dict[str, int]:
-    counts = _read_json(path)
-    return {key: counts[key] for key in COUNTS}
+def _counts(alignment: dict[str, Any]) -> dict[str, int]:
+    return {key: alignment[key] for key in COUNTS}
+
+
+def _alignment(reports: Path, name: str) -> dict[str, Any]:
+    return _read_json(reports / "align" / name / "metrics.json")
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, float]:
+    """Numbers by the names that MLflow shows, `{"align/train/score/median": 0.998, ...}`; without what is null."""
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}/{key}")
+        elif value is not None:
+            flat[f"{prefix}/{key}"] = value
+    return flat
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -244,6 +246,10 @@ def main(params: Params) -> None:
     verdict = "\n".join(lines) + "\n"
     with tables.atomic(reports / "verdict.txt") as path:
         path.write_text(verdict, encoding="utf-8")
+    with training_run_of(Path("models"), params) as tracker:
+        for name in SETS:
+            tracker.log_metrics(_flat(_alignment(reports, name), f"align/{name}"))
+        tracker.log_artifact(page, "report")
     print(verdict, end="")
 
 

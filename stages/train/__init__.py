@@ -12,7 +12,7 @@ from stages.shard.reader import open_shards
 from stages.train.checkpoint import Checkpoints
 from stages.train.heads import scale_lower_bound
 from stages.train.loop import Row, Training, begin, history_csv, train
-from stages.train.model import INPUT, save_model
+from stages.train.model import input_contract, save_model
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _write(models: Path, training: Training, params: Params, data: dict[str, str
     description = {
         "backbone": params.train.backbone.model_dump(),
         "head": params.train.head.model_dump() | {"classes": classes},
-        "input": INPUT,
+        "input": input_contract(params.train.backbone.width),
         "params": {name: getattr(params, name).model_dump(mode="json") for name in ("align", "shard", "train")},
         "data": data,
     }

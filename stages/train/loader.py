@@ -6,23 +6,22 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.executor import cores
 from pipeline.params import Augment
-from pipeline.tables import TableError
 from stages.shard.reader import Example, Group, read_batches, read_in_order
 from stages.train.augment import Augmenter
+from stages.train.model import decode_face
 
 MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images N×3×112×112 uint8 in channels-last memory, labels N int64."""
+    """Images N×3×112×width uint8 in channels-last memory, labels N int64."""
 
     images: Tensor
     labels: Tensor
@@ -32,20 +31,8 @@ class Batch:
         return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
 
 
-def decode(image: bytes) -> np.ndarray:
-    """An aligned face as 112×112×3 uint8 RGB.
-
-    Raises:
-        TableError: the bytes are not an image of that size, which the shard stage never writes.
-    """
-    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if pixels is None or pixels.shape != (112, 112, 3):
-        raise TableError(f"a shard holds {len(image)} bytes that are not a 112×112 image; delete data/shards")
-    return pixels
-
-
 def training_batches(
-    groups: list[Group], batch: int, seed: int, augment: Augment, device: torch.device, start: int = 0
+    groups: list[Group], batch: int, seed: int, augment: Augment, width: int, device: torch.device, start: int = 0
 ) -> Iterator[Batch]:
     """Endless augmented batches from iteration `start` on; they follow from seed and iteration alone."""
     local = threading.local()
@@ -54,7 +41,7 @@ def training_batches(
         if not hasattr(local, "augmenter"):
             local.augmenter = Augmenter(augment)
         batch_seed = int(np.random.default_rng([seed, iteration]).integers(2**32))
-        return _batch(local.augmenter([decode(e.image) for e in examples], batch_seed), examples, device)
+        return _batch(local.augmenter([decode_face(e.image, width) for e in examples], batch_seed), examples, device)
 
     threads = min(MAX_THREADS, cores())
     stream = enumerate(read_batches(groups, batch, seed, start), start)
@@ -66,10 +53,10 @@ def training_batches(
                 yield ahead.popleft().result().to(device)
 
 
-def validation_batches(groups: list[Group], batch: int, device: torch.device) -> Iterator[Batch]:
+def validation_batches(groups: list[Group], batch: int, width: int, device: torch.device) -> Iterator[Batch]:
     """Every validation example once, as it is."""
     for examples in read_in_order(groups, batch):
-        yield _batch(np.stack([decode(e.image) for e in examples]), examples, device).to(device)
+        yield _batch(np.stack([decode_face(e.image, width) for e in examples]), examples, device).to(device)
 
 
 def _batch(images: np.ndarray, examples: list[Example], device: torch.device) -> Batch:

@@ -123,7 +123,9 @@ def train(
         TableError: fewer examples than a batch.
     """
     total = params.schedule.iterations
-    batches = training_batches(groups, params.batch, params.seed, params.augment, device, start=done)
+    batches = training_batches(
+        groups, params.batch, params.seed, params.augment, params.backbone.width, device, start=done
+    )
     training.model.train()
     started, since = time.perf_counter(), done
     with bar(total=total, initial=done, label="training", unit="iterations") as shown:
@@ -188,7 +190,7 @@ def validate(training: Training, groups: list[Group], params: Train, device: tor
         return None
     training.model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    for batch in validation_batches(groups, params.batch, device):
+    for batch in validation_batches(groups, params.batch, params.backbone.width, device):
         _, predicted = training.head(training.model(batch.images), batch.labels)
         correct += (predicted == batch.labels).sum()
     training.model.train()

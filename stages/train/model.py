@@ -1,14 +1,17 @@
 """The model: a backbone that takes pixels as they are, and its files.
 
-The input contract is uint8 RGB 112×112, aligned. `(x − 127.5) / 128` happens here and nowhere else, so training,
-evaluation and serving cannot differ.
+The input contract is uint8 RGB, 112×112 (or 112×96), aligned. `(x − 127.5) / 128` happens here and nowhere else, so
+training, evaluation and serving cannot differ.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_model as load_tensors
 from safetensors.torch import save_file
@@ -19,25 +22,59 @@ from pipeline.params import Backbone
 from pipeline.tables import atomic
 from stages.train.backbones import build_backbone
 
-INPUT = {"shape": [3, 112, 112], "dtype": "uint8", "colour": "RGB", "normalisation": "inside: (x - 127.5) / 128"}
+HEIGHT = 112
+"""Of an aligned face, pixels."""
+
+
+def input_contract(width: int) -> dict[str, Any]:
+    """What model.json says of the images a model takes."""
+    return {
+        "shape": [3, HEIGHT, width],
+        "dtype": "uint8",
+        "colour": "RGB",
+        "normalisation": "inside: (x - 127.5) / 128",
+    }
 
 
 class ModelError(InputError):
     """A model folder that cannot be used; the message names the file."""
 
 
-class FaceModel(nn.Module):
-    """Backbone behind the input contract."""
+class FaceError(InputError):
+    """An aligned face that the network cannot take."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+
+def decode_face(jpeg: bytes, width: int) -> NDArray[np.uint8]:
+    """An aligned face as a network sees it, 112×width×3 uint8 RGB: its middle, where alignment kept more.
+
+    Raises:
+        FaceError: the bytes are no image, or one that is too small.
+    """
+    pixels = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if pixels is None:
+        raise FaceError(f"{len(jpeg)} bytes that are no image stand for an aligned face")
+    top, left = (pixels.shape[0] - HEIGHT) // 2, (pixels.shape[1] - width) // 2
+    if min(top, left) < 0:
+        raise FaceError(
+            f"an aligned face of {pixels.shape[0]}×{pixels.shape[1]} pixels is too small for a network of "
+            f"{HEIGHT}×{width}: train.backbone.width must not be more than align.face.width"
+        )
+    return pixels[top : top + HEIGHT, left : left + width].astype(np.uint8, copy=False)
+
+
+class FaceModel(nn.Module):
+    """Backbone behind the input contract, for faces `width` pixels wide."""
+
+    def __init__(self, backbone: nn.Module, width: int = HEIGHT) -> None:
         super().__init__()
         self.backbone = backbone
+        self.width = width
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of faces.
 
         Args:
-            images: N×3×112×112 uint8, RGB, aligned.
+            images: N×3×112×width uint8, RGB, aligned.
 
         Returns:
             N×D float32 features, not normalised (flip-test concatenates before normalising).
@@ -47,7 +84,7 @@ class FaceModel(nn.Module):
 
 def build_model(params: Backbone) -> FaceModel:
     """A freshly initialised model; its weights follow from torch's global random state."""
-    return FaceModel(build_backbone(params))
+    return FaceModel(build_backbone(params), params.width)
 
 
 def save_model(folder: Path, model: FaceModel, head: nn.Module, description: dict[str, Any]) -> None:

@@ -14,27 +14,44 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+import stages.align
 from pipeline import tables
 from pipeline.errors import InputError
-from pipeline.params import Align, Machine
-from stages.align import run
+from pipeline.params import Align, Detector, Face, Machine
+from stages.align import align_images as module_align_images
+from stages.align import reduction, run
 from stages.align.decode import decode
 from tests.align.scenes import scenes
 
-PARAMS = Align(min_face=40, factor=0.709, thresholds=(0.6, 0.7, 0.7), max_side=1024, quality=95)
+PARAMS = Align(
+    detector=Detector(
+        min_face=40,
+        min_face_share=0,
+        factor=0.709,
+        thresholds=(0.6, 0.7, 0.7),
+        overlaps=(0.5, 0.7, 0.7, 0.7),
+        max_side=1024,
+    ),
+    looks=[],
+    choose="centre",
+    face=Face(width=112, margin=0, quality=95),
+)
 PEERS = json.loads(Path(__file__).with_name("peers.json").read_text())
 SCENES = scenes()
 NO_FACE = np.full((120, 160, 3), 90, np.uint8)
 
 
 def machine(workers: int) -> Machine:
-    return Machine(workers=workers, device="cpu")
+    return Machine(executor="local", workers=workers, threads=1, memory=1.0, device="cpu")
 
 
 def encoded(pixels: NDArray[np.uint8], file_format: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:
@@ -93,7 +110,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def aligned(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run with one worker."""
     out = tmp_path_factory.mktemp("aligned") / "train"
-    run(raw, out, PARAMS, machine(1), evaluation=False, report=out.parent / "reports" / "train.json")
+    run(raw, out, PARAMS, machine(1), evaluation=False, report=out.parent / "reports" / "train")
     return out
 
 
@@ -101,7 +118,8 @@ def test_nothing_is_lost_and_every_rejection_is_counted_and_listed(raw: Path, al
     assert list(rows(aligned)) == tables.read_parts(raw, tables.RAW, ["image_id"])["image_id"].to_pylist()
     assert [path.name for path in tables.parts(aligned)] == [path.name for path in tables.parts(raw)]
     report = aligned.parent / "reports"
-    assert json.loads((report / "train.json").read_text()) == {
+    metrics = json.loads((report / "train" / "metrics.json").read_text())
+    assert {key: metrics[key] for key in list(metrics)[:6]} == {
         "images": 9,
         "detected": 6,
         "fallback": 0,
@@ -109,7 +127,7 @@ def test_nothing_is_lost_and_every_rejection_is_counted_and_listed(raw: Path, al
         "unreadable": 2,
         "several_faces": 1,
     }
-    with (report / "train-rejected.csv").open(newline="") as file:
+    with (report / "train" / "rejected.csv").open(newline="") as file:
         listed = {row["image_id"]: (row["status"], row["detail"]) for row in csv.DictReader(file)}
     assert list(listed) == ["c/zero", "c/truncated", "c/no face"]
     assert listed["c/zero"] == ("unreadable", "empty file")
@@ -150,18 +168,19 @@ def test_other_encodings_give_the_same_face(aligned: Path, name: str) -> None:
 
 def test_two_workers_write_the_same_bytes(raw: Path, aligned: Path, tmp_path: Path) -> None:
     out = tmp_path / "train"
-    run(raw, out, PARAMS, machine(2), evaluation=False, report=tmp_path / "reports" / "train.json")
-    assert files(out, tmp_path / "reports") == files(aligned, aligned.parent / "reports")
+    run(raw, out, PARAMS, machine(2), evaluation=False, report=tmp_path / "reports" / "train")
+    assert files(out, tmp_path / "reports" / "train") == files(aligned, aligned.parent / "reports" / "train")
 
 
 def test_a_killed_run_goes_on_from_the_first_missing_part(raw: Path, aligned: Path, tmp_path: Path) -> None:
     out = tmp_path / "train"
     program = f"""
         from pathlib import Path
-        from pipeline.params import Align, Machine
+        from pipeline.params import Align, Detector, Face, Machine
         from stages.align import run
-        run(Path({str(raw)!r}), Path({str(out)!r}), Align(**{PARAMS.model_dump()!r}), Machine(workers=1, device="cpu"),
-            evaluation=False, report=Path({str(tmp_path / "reports" / "train.json")!r}))
+        run(Path({str(raw)!r}), Path({str(out)!r}), Align(**{PARAMS.model_dump()!r}),
+            Machine(**{machine(1).model_dump()!r}), evaluation=False,
+            report=Path({str(tmp_path / "reports" / "train")!r}))
     """
     killed = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)])
     while not tables.part_path(out, 0).exists() and killed.poll() is None:
@@ -169,10 +188,10 @@ def test_a_killed_run_goes_on_from_the_first_missing_part(raw: Path, aligned: Pa
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     first = tables.part_path(out, 0).stat()
-    run(raw, out, PARAMS, machine(1), evaluation=False, report=tmp_path / "reports" / "train.json")
+    run(raw, out, PARAMS, machine(1), evaluation=False, report=tmp_path / "reports" / "train")
     assert tables.part_path(out, 0).stat().st_ino == first.st_ino
     assert tables.part_path(out, 0).stat().st_mtime_ns == first.st_mtime_ns
-    assert files(out, tmp_path / "reports") == files(aligned, aligned.parent / "reports")
+    assert files(out, tmp_path / "reports" / "train") == files(aligned, aligned.parent / "reports" / "train")
 
 
 def test_an_evaluation_set_gets_a_centre_crop_where_there_is_no_face_and_large_photographs_are_reduced(
@@ -182,39 +201,201 @@ def test_an_evaluation_set_gets_a_centre_crop_where_there_is_no_face_and_large_p
         tmp_path / "raw",
         {"a/whole": encoded(SCENES["whole"]), "b/no face": encoded(NO_FACE), "c/zero": b""},
     )
-    params = PARAMS.model_copy(update={"max_side": 300, "min_face": 30})
-    report = tmp_path / "lfw.json"
+    params = PARAMS.model_copy(
+        update={"detector": PARAMS.detector.model_copy(update={"max_side": 300, "min_face": 30})}
+    )
+    report = tmp_path / "reports" / "lfw"
     with caplog.at_level(logging.INFO):
         counts = run(raw, tmp_path / "lfw", params, machine(1), evaluation=True, report=report)
-    assert counts == json.loads(report.read_text())
+    assert counts == json.loads((report / "metrics.json").read_text())
     assert (counts["detected"], counts["fallback"], counts["no_face"], counts["unreadable"]) == (1, 1, 0, 1)
     found = rows(tmp_path / "lfw")
     assert (decode(found["b/no face"]["image"]) == 90).all()
     assert found["c/zero"]["image"] is None
     assert "rejected: c/zero: empty file" in caplog.text
-    assert str(tmp_path / "lfw-rejected.csv") in caplog.text
+    assert str(report / "rejected.csv") in caplog.text
     # the photograph is reduced from 512 to 300 pixels, but landmarks are in its own pixels, to about 3% of the face
     peer = next(r for r in PEERS["recordings"] if r["scene"] == "whole" and r["min_face"] == 40)
     np.testing.assert_allclose(np.reshape(found["a/whole"]["landmarks"], (5, 2)), peer["landmarks"][0], atol=3)
 
 
-def test_what_was_finished_under_other_parameters_is_made_anew(raw: Path, aligned: Path, tmp_path: Path) -> None:
+def aligned_ids(caught: list[int]) -> Any:
+    """`align_images` that notes how many photographs it is given."""
+
+    def counted(contents: Any, *rest: Any) -> Any:
+        listed = list(contents)
+        caught.append(len(listed))
+        return module_align_images(listed, *rest)
+
+    return counted
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many photographs each part had to be looked at for; the work is done in this process."""
+    caught: list[int] = []
+    monkeypatch.setattr(stages.align, "align_images", aligned_ids(caught))
+
+    def here(function: Any, tasks: Any, **_: Any) -> list[Any]:
+        return [function(*task) for task in tasks]
+
+    monkeypatch.setattr(stages.align, "run_all", here)
+    return caught
+
+
+def all_images(raw: Path) -> dict[str, bytes]:
+    table = tables.read_parts(raw, tables.RAW, ["image_id", "image"])
+    return dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))
+
+
+def split(images: dict[str, bytes], size: int) -> list[dict[str, bytes]]:
+    items = list(images.items())
+    return [dict(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def test_only_new_and_changed_photographs_are_looked_at(
+    raw: Path, aligned: Path, tmp_path: Path, looked_at: list[int]
+) -> None:
+    """Others are taken over wherever they now lie; the outcome is that of a run from nothing, to the byte."""
+    images = all_images(raw)
+    changed = {"0/new": encoded(SCENES["whole"][:, ::-1]), **images, "b/grey": images["c/rotated"]}
+    del changed["a/group"]
+    new_raw = write_raw(tmp_path / "raw" / "train", *split(changed, 4))
+    out, fresh = tmp_path / "out" / "train", tmp_path / "fresh" / "train"
+    shutil.copytree(aligned, out)
+    run(new_raw, out, PARAMS, machine(1), evaluation=False, report=tmp_path / "out" / "report")
+    assert sum(looked_at) == 1  # 0/new; b/grey now has the bytes of a photograph seen before
+    run(new_raw, fresh, PARAMS, machine(1), evaluation=False, report=tmp_path / "fresh" / "report")
+    assert sum(looked_at) == 1 + len(changed)
+    assert files(out, tmp_path / "out" / "report") == files(fresh, tmp_path / "fresh" / "report")
+    assert "a/group" not in rows(out)
+    assert not out.with_name(".train.earlier").exists()
+
+
+def test_a_second_run_looks_at_nothing_and_leaves_every_file_alone(
+    raw: Path, aligned: Path, tmp_path: Path, looked_at: list[int]
+) -> None:
+    out = tmp_path / "train"
+    shutil.copytree(aligned, out)
+    before = {path: path.stat().st_ino for path in out.iterdir()}
+    run(raw, out, PARAMS, machine(1), evaluation=False, report=tmp_path / "report")
+    assert looked_at == []
+    assert {path: path.stat().st_ino for path in out.iterdir()} == before
+
+
+def test_what_an_interrupted_run_left_serves_even_if_the_photographs_have_changed_since(
+    raw: Path, aligned: Path, tmp_path: Path, looked_at: list[int]
+) -> None:
+    out = tmp_path / "train"
+    shutil.copytree(aligned, out)
+    tables.part_path(out, 1).rename(tmp_path / "lost")
+    (out / ".part-00001.parquet.123.tmp").write_bytes(b"half a file")
+    one_part = write_raw(tmp_path / "raw", dict(reversed(all_images(raw).items())))
+    run(one_part, out, PARAMS, machine(1), evaluation=False, report=tmp_path / "report")
+    assert sum(looked_at) == len(tables.read_table(tmp_path / "lost", tables.ALIGNED))
+    assert [path.name for path in out.iterdir()] == ["part-00000.parquet"]
+    expected = rows(aligned)
+    for name, row in rows(out).items():
+        assert row == expected[name]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"face": Face(width=112, margin=0, quality=60)},
+        {"choose": "largest"},
+        {"looks": ["rotated"]},
+        {"detector": PARAMS.detector.model_copy(update={"factor": 0.8})},
+    ],
+)
+def test_other_parameters_look_at_everything_again(
+    raw: Path, aligned: Path, tmp_path: Path, looked_at: list[int], change: dict[str, Any]
+) -> None:
     one_part = tmp_path / "raw"
     one_part.mkdir()
     shutil.copy(tables.part_path(raw, 0), tables.part_path(one_part, 0))
-    out, report = tmp_path / "train", tmp_path / "train.json"
+    out = tmp_path / "train"
     shutil.copytree(aligned, out)
-    run(one_part, out, PARAMS.model_copy(update={"quality": 60}), machine(1), evaluation=False, report=report)
+    changed = PARAMS.model_copy(update=change)
+    run(one_part, out, changed, machine(1), evaluation=False, report=tmp_path / "report")
+    assert looked_at == [1]
     assert [path.name for path in out.iterdir()] == ["part-00000.parquet"]
-    assert len(rows(out)["d/border"]["image"]) < len(rows(aligned)["d/border"]["image"])
+    if "face" in change:
+        assert len(rows(out)["d/border"]["image"]) < len(rows(aligned)["d/border"]["image"])
+
+
+def test_evaluation_sets_do_not_take_over_rows_of_training_sets(
+    raw: Path, aligned: Path, tmp_path: Path, looked_at: list[int]
+) -> None:
+    """One keeps a photograph without a face as a centre crop, the other without an image."""
+    out = tmp_path / "train"
+    shutil.copytree(aligned, out)
+    run(raw, out, PARAMS, machine(1), evaluation=True, report=tmp_path / "report")
+    assert sum(looked_at) == 9
+    assert rows(out)["c/no face"]["status"] == "fallback"
+
+
+@pytest.mark.parametrize(("width", "margin"), [(96, 0), (112, 20)])
+def test_faces_come_in_the_papers_width_and_with_a_margin(
+    raw: Path, tmp_path: Path, width: Any, margin: int, looked_at: list[int]
+) -> None:
+    params = PARAMS.model_copy(update={"face": Face(width=width, margin=margin, quality=95)})
+    run(raw, tmp_path / "train", params, machine(1), evaluation=True, report=tmp_path / "report")
+    shapes = {decode(row["image"]).shape for row in rows(tmp_path / "train").values() if row["image"]}
+    assert shapes == {(112 + 2 * margin, width + 2 * margin, 3)}
+
+
+def test_a_photograph_decoded_at_half_its_size_has_its_face_in_its_own_pixels(
+    tmp_path: Path, looked_at: list[int]
+) -> None:
+    """Where only large faces are looked for, JPEG is decoded reduced; against the same photograph at its whole size."""
+    whole = cv2.resize(SCENES["whole"], (1536, 1536), interpolation=cv2.INTER_CUBIC).astype(np.uint8)
+    raw = write_raw(tmp_path / "raw", {"a/a": encoded(whole, "JPEG", quality=95)})
+    found = {}
+    changes: dict[str, dict[str, Any]] = {
+        "whole": {"max_side": 1024},
+        "half": {"max_side": 512, "min_face_share": 0.16},
+    }
+    for name, change in changes.items():
+        params = PARAMS.model_copy(update={"detector": PARAMS.detector.model_copy(update=change)})
+        assert reduction(1536, 1536, params) == {"whole": 1, "half": 2}[name]
+        run(raw, tmp_path / name, params, machine(1), evaluation=False, report=tmp_path / "report")
+        found[name] = rows(tmp_path / name)["a/a"]
+    # the face is 258 pixels wide
+    np.testing.assert_allclose(found["half"]["landmarks"], found["whole"]["landmarks"], atol=258 * 0.03)
+    np.testing.assert_allclose(found["half"]["box"], found["whole"]["box"], atol=258 * 0.06)
+    faces = [decode(row["image"]).astype(float).mean(axis=2) for row in found.values()]
+    assert np.corrcoef(faces[0].ravel(), faces[1].ravel())[0, 1] > 0.95
+
+
+@settings(deadline=None)
+@given(st.integers(50, 9000), st.integers(50, 9000), st.integers(12, 600), st.floats(0, 1), st.integers(112, 4096))
+def test_no_photograph_is_reduced_below_what_detection_and_the_smallest_face_need(
+    height: int, width: int, min_face: int, share: float, max_side: int
+) -> None:
+    update = {"min_face": min_face, "min_face_share": share, "max_side": max_side}
+    by = reduction(height, width, PARAMS.model_copy(update={"detector": PARAMS.detector.model_copy(update=update)}))
+    assert by in (1, 2, 4, 8)
+    if by > 1:
+        assert max(height, width) / by >= max_side
+        # in pixels of the photograph: what detection calls min_face there, or the share of its shorter side
+        smallest = max(min_face * max(height, width) / max_side, share * min(height, width))
+        assert smallest / by >= 112
 
 
 def test_an_absent_raw_table_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(tables.TableError, match=r"no part-\*.parquet"):
-        run(tmp_path, tmp_path / "out", PARAMS, machine(1), evaluation=False, report=tmp_path / "r.json")
+        run(tmp_path, tmp_path / "out", PARAMS, machine(1), evaluation=False, report=tmp_path / "r")
 
 
 def test_asking_for_a_gpu_that_is_not_there_is_an_error(raw: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match=r"machine\.device: cuda"):
-        run(raw, tmp_path, PARAMS, Machine(workers=1, device="cuda"), evaluation=False, report=tmp_path / "r.json")
+        run(
+            raw,
+            tmp_path,
+            PARAMS,
+            machine(1).model_copy(update={"device": "cuda"}),
+            evaluation=False,
+            report=tmp_path / "r",
+        )

@@ -6,8 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pipeline import params
+from stages.align import mtcnn
 from stages.align.mtcnn import Detector, Faces
 from tests.align.scenes import scenes
 
@@ -15,9 +21,18 @@ PEERS = json.loads(Path(__file__).with_name("peers.json").read_text())
 SCENES = scenes()
 
 
-def detector(min_face: int = 40) -> Detector:
-    settings = PEERS["settings"]
-    return Detector(min_face, settings["factor"], settings["thresholds"], "cpu")
+def settings(min_face: int = 40, min_face_share: float = 0.0) -> params.Detector:
+    return params.Detector(
+        min_face=min_face,
+        min_face_share=min_face_share,
+        overlaps=(0.5, 0.7, 0.7, 0.7),
+        max_side=4096,
+        **PEERS["settings"],
+    )
+
+
+def detector(min_face: int = 40, min_face_share: float = 0.0) -> Detector:
+    return Detector(settings(min_face, min_face_share), "cpu")
 
 
 def recordings(package: str, *, at_border: bool) -> list[Any]:
@@ -61,15 +76,72 @@ def test_finds_the_faces_that_facenet_pytorch_finds(recording: dict[str, Any]) -
     np.testing.assert_allclose(scores, recording["scores"], atol=0.01)
 
 
-def test_a_batch_of_mixed_sizes_finds_what_each_photograph_gives_alone() -> None:
+def bits(faces: Faces) -> tuple[bytes, bytes, bytes]:
+    return faces.boxes.tobytes(), faces.scores.tobytes(), faces.landmarks.tobytes()
+
+
+@pytest.mark.parametrize("min_face", [20, 40])
+def test_what_is_found_in_a_photograph_does_not_depend_on_what_it_is_batched_with(min_face: int) -> None:
+    """To the bit, whether its pyramid shares canvases with others or not, and by any number of threads."""
     whole, border, group = SCENES.values()
-    batch = [group, whole, np.zeros((90, 90, 3), np.uint8), border, np.ascontiguousarray(whole[:, ::-1]), whole]
+    odd = [np.ascontiguousarray(whole[: 300 - i, i : 311 + i]) for i in range(5)]
+    batch = [
+        group,
+        whole,
+        np.zeros((90, 90, 3), np.uint8),
+        border,
+        np.ascontiguousarray(whole[:, ::-1]),
+        *[whole] * 4,
+        *odd,
+    ]
+    find = detector(min_face)
+    alone = [bits(find.detect([image])[0]) for image in batch]
+    assert [bits(faces) for faces in find.detect(batch)] == alone
+    assert [bits(faces) for faces in find.detect(batch[::-1])][::-1] == alone
+    torch.set_num_threads(2)
+    assert [bits(faces) for faces in find.detect(batch[3:])] == alone[3:]
+
+
+@settings_of_hypothesis(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(12, 90), st.integers(12, 90)), min_size=1, max_size=12))
+def test_a_canvas_changes_nothing_of_what_lies_on_it(sizes: list[tuple[int, int]]) -> None:
+    """P-Net on photographs that share a canvas against each on the same canvas alone, to the bit, and against each
+    without a canvas, to rounding.
+    """
     find = detector()
-    for image, together in zip(batch, find.detect(batch), strict=True):
-        alone = find.detect([image])[0]
-        np.testing.assert_allclose(together.boxes, alone.boxes, atol=0.01)
-        np.testing.assert_allclose(together.scores, alone.scores, atol=1e-5)
-        np.testing.assert_allclose(together.landmarks, alone.landmarks, atol=0.01)
+    height, width = (-(-max(sides) // mtcnn._GRAIN) * mtcnn._GRAIN for sides in zip(*sizes, strict=True))
+    rng = np.random.default_rng(sizes[0])
+    canvas = np.zeros((len(sizes), height, width, 3), np.uint8)
+    for own, (h, w) in zip(canvas, sizes, strict=True):
+        own[:h, :w] = rng.integers(0, 256, (h, w, 3))
+    with torch.inference_mode():
+        out, probability = find._pnet_maps(canvas, np.array(sizes))
+        for i, (h, w) in enumerate(sizes):
+            alone, likely = find._pnet_maps(canvas[i : i + 1], np.array([[h, w]]))
+            assert torch.equal(probability[i], likely[0])
+            assert torch.equal(out[i][:, likely[0] > 0], alone[0][:, likely[0] > 0])
+            bare, plain = find._pnet_maps(np.ascontiguousarray(canvas[i : i + 1, :h, :w]), np.array([[h, w]]))
+            rows, columns = plain.shape[1:]
+            torch.testing.assert_close(out[i, :, :rows, :columns], bare[0], atol=1e-4, rtol=0)
+            torch.testing.assert_close(probability[i, :rows, :columns], plain[0], atol=1e-5, rtol=0)
+            assert not probability[i, rows:].any()
+            assert not probability[i, :, columns:].any()
+
+
+@settings_of_hypothesis(deadline=None)
+@given(st.integers(3, 40), st.integers(3, 40), st.sampled_from([2, 3]))
+def test_pooling_is_that_of_torch(height: int, width: int, side: int) -> None:
+    maps = torch.randn(2, 5, height, width).to(memory_format=torch.channels_last)
+    expected = torch.nn.functional.max_pool2d(maps, side, stride=2, ceil_mode=True)
+    assert torch.equal(mtcnn._MaxPool(side)(maps), expected)
+
+
+def test_the_smallest_face_may_be_a_share_of_the_photograph() -> None:
+    """Of the shorter side; whichever of pixels and share is more."""
+    image = SCENES["a group"]  # 480 pixels high
+    by_share = detector(20, 100 / 480).detect([image])[0]
+    assert bits(by_share) == bits(detector(100).detect([image])[0])
+    assert bits(detector(100, 0.01).detect([image])[0]) == bits(by_share)
 
 
 def test_the_same_batch_gives_the_same_bits() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.align import nms as module
-from stages.align.nms import Overlap, nms
+from stages.align.nms import Overlap, suppress
 
 box = st.tuples(st.integers(-5, 12), st.integers(-5, 12), st.integers(0, 9), st.integers(0, 9))
 
@@ -17,12 +17,12 @@ def pixels(box: tuple[int, int, int, int]) -> set[tuple[int, int]]:
 
 
 def by_counting(
-    boxes: list[tuple[int, int, int, int]], scores: list[float], threshold: float, overlap: str
+    groups: list[int], boxes: list[tuple[int, int, int, int]], scores: list[float], threshold: float, overlap: str
 ) -> list[int]:
     kept: list[int] = []
-    for i in sorted(range(len(boxes)), key=lambda i: (scores[i], i), reverse=True):
+    for i in sorted(range(len(boxes)), key=lambda i: (-groups[i], scores[i], i), reverse=True):
         a = pixels(boxes[i])
-        others = [pixels(boxes[k]) for k in kept]
+        others = [pixels(boxes[k]) for k in kept if groups[k] == groups[i]]
         sizes = [len(a | b) if overlap == "union" else min(len(a), len(b)) for b in others]
         if all(len(a & b) / size <= threshold for b, size in zip(others, sizes, strict=True)):
             kept.append(i)
@@ -31,18 +31,29 @@ def by_counting(
 
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(box, st.sampled_from([0.1, 0.5, 0.9, 0.95, 1.0])), max_size=25),
+    st.lists(
+        st.tuples(box, st.sampled_from([0.1, 0.5, 0.9, 0.95, 1.0]), st.sampled_from([0, 0, 0, 7, 9])), max_size=40
+    ),
     st.sampled_from([0.3, 0.5, 0.7]),
     st.sampled_from(["union", "min"]),
     st.sampled_from([1, 3, 256]),
+    st.sampled_from([0, 4, 64]),
+    st.sampled_from([1, 256]),
 )
 def test_keeps_what_counting_pixels_keeps(
-    scored: list[tuple[tuple[int, int, int, int], float]], threshold: float, overlap: Overlap, block: int
+    scored: list[tuple[tuple[int, int, int, int], float, int]],
+    threshold: float,
+    overlap: Overlap,
+    block: int,
+    small: int,
+    together: int,
 ) -> None:
-    boxes, scores = [b for b, _ in scored], [score for _, score in scored]
+    """With few and many boxes a group, whichever way the groups of that size go."""
+    boxes, scores, groups = [b for b, _, _ in scored], [score for _, score, _ in scored], [g for _, _, g in scored]
     corners = np.array([(x, y, x + w, y + h) for x, y, w, h in boxes], float).reshape(-1, 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_BLOCK", block)
-        assert nms(corners, np.array(scores, np.float32), threshold, overlap) == by_counting(
-            boxes, scores, threshold, overlap
-        )
+        patch.setattr(module, "_SMALL", small)
+        patch.setattr(module, "_GROUPS", together)
+        kept = suppress(np.array(groups, np.intp), corners, np.array(scores, np.float32), threshold, overlap)
+    assert kept.tolist() == by_counting(groups, boxes, scores, threshold, overlap)

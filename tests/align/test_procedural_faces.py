@@ -15,7 +15,7 @@ def test_mtcnn_finds_at_least_98_percent() -> None:
     assert isinstance(source, Synthetic)
     chosen = synthetic.photographs(source, "lfw")[::4]
     assert len(chosen) == 300
-    detector = Detector(PARAMS.align.min_face, PARAMS.align.factor, PARAMS.align.thresholds, "cpu")
+    detector = Detector(PARAMS.align.detector, "cpu")
     found = 0
     for first in range(0, len(chosen), 50):
         images = [decode(image) for image in synthetic.render_part(source, chosen[first : first + 50])]

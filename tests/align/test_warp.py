@@ -7,7 +7,10 @@ import skimage.transform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.align.warp import TEMPLATE, centre_crop, similarity, warp
+from pipeline.params import Face
+from stages.align.warp import TEMPLATE, centre_crop, cut, similarity, warp
+
+FACE = Face(width=112, margin=0, quality=95)
 
 
 def test_agrees_with_scikit_image_on_faces_that_fit_no_template_exactly() -> None:
@@ -44,12 +47,12 @@ def test_landmarks_in_one_point_are_an_error() -> None:
 
 def test_landmarks_on_the_template_leave_the_face_as_it_is() -> None:
     face = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
-    assert (warp(face, similarity(TEMPLATE[None])[0]) == face).all()
+    assert (warp(face, similarity(TEMPLATE[None])[0], FACE) == face).all()
 
 
 def test_a_shift_by_whole_pixels_moves_pixels_and_leaves_black() -> None:
     photograph = np.random.default_rng(0).integers(1, 256, (200, 150, 3), np.uint8)
-    face = warp(photograph, similarity(TEMPLATE[None] + (60, 70))[0])
+    face = warp(photograph, similarity(TEMPLATE[None] + (60, 70))[0], FACE)
     assert (face[:, :90] == photograph[70:182, 60:150]).all()
     assert (face[:, 90:] == 0).all()
 
@@ -61,7 +64,7 @@ def test_what_lies_at_the_landmarks_comes_to_lie_at_the_template() -> None:
     y, x = np.mgrid[:500, :500]
     for landmark, wanted in zip(landmarks, TEMPLATE, strict=True):
         blob = 255 * np.exp(-((x - landmark[0]) ** 2 + (y - landmark[1]) ** 2) / (2 * 8**2))
-        face = warp(np.repeat(blob[..., None], 3, axis=-1).astype(np.uint8), similarity(landmarks[None])[0])
+        face = warp(np.repeat(blob[..., None], 3, axis=-1).astype(np.uint8), similarity(landmarks[None])[0], FACE)
         weight = face[..., 0] / face[..., 0].sum()
         centre = (weight * np.arange(112)).sum(), (weight.T * np.arange(112)).sum()
         np.testing.assert_allclose(centre, wanted, atol=0.05)
@@ -69,13 +72,42 @@ def test_what_lies_at_the_landmarks_comes_to_lie_at_the_template() -> None:
 
 @pytest.mark.parametrize("shape", [(250, 250), (1, 1), (3, 4000), (640, 480)])
 def test_centre_crop_of_any_shape(shape: tuple[int, int]) -> None:
-    assert centre_crop(np.full((*shape, 3), 7, np.uint8)).shape == (112, 112, 3)
+    assert centre_crop(np.full((*shape, 3), 7, np.uint8), FACE).shape == (112, 112, 3)
+    with_margin = Face(width=96, margin=10, quality=95)
+    assert centre_crop(np.full((*shape, 3), 7, np.uint8), with_margin).shape == (132, 116, 3)
+
+
+@pytest.mark.parametrize("make", ["warp", "centre_crop"])
+def test_the_papers_width_and_a_margin_are_the_middle_and_the_surroundings_of_the_same_face(make: str) -> None:
+    y, x = np.mgrid[:250, :250]
+    photograph = (127 + 60 * np.sin(x / 9) + 60 * np.cos(y / 7))[..., None].repeat(3, axis=2).astype(np.uint8)
+    matrix = similarity(1.17 * TEMPLATE[None] + (60, 50))[0]
+
+    def face(width: int, margin: int) -> np.ndarray:
+        size = Face(width=width, margin=margin, quality=95)  # type: ignore[arg-type]
+        pixels = warp(photograph, matrix, size) if make == "warp" else centre_crop(photograph, size)
+        assert pixels.shape == (112 + 2 * margin, width + 2 * margin, 3)
+        return pixels.astype(int)
+
+    plain = face(112, 0)
+    # the centre crop is cut on whole pixels of the photograph: half a pixel of this pattern is some grey levels
+    tolerance = 1 if make == "warp" else 12
+    assert np.abs(face(96, 0) - plain[:, 8:-8]).max() <= tolerance
+    assert np.abs(face(112, 16)[16:-16, 16:-16] - plain).max() <= tolerance
+
+
+@given(*[st.integers(-20, 40)] * 2, *[st.integers(1, 30)] * 2)
+def test_a_cut_is_black_outside_the_image(left: int, top: int, width: int, height: int) -> None:
+    image = np.random.default_rng(0).integers(1, 256, (20, 25, 3), np.uint8)
+    padded = np.pad(image, ((60, 60), (60, 60), (0, 0)))
+    expected = padded[60 + top : 60 + top + height, 60 + left : 60 + left + width]
+    assert (cut(image, left, top, left + width, top + height) == expected).all()
 
 
 def test_centre_crop_holds_what_the_template_covers_of_an_lfw_photograph() -> None:
     # a gradient tells which column and row each pixel comes from
     y, x = np.mgrid[:250, :250].astype(np.uint8)
-    crop = centre_crop(cv2.merge([x, y, x])).astype(int)
+    crop = centre_crop(cv2.merge([x, y, x]), FACE).astype(int)
     assert abs(crop[:, 55:57, 0].mean() - 125) <= 2
     assert abs(crop[55:57, :, 1].mean() - 117) <= 2
     assert abs(crop[0, -1, 0] - crop[0, 0, 0] - 132) <= 2

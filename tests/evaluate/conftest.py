@@ -18,7 +18,7 @@ from stages.train.model import build_model, save_model
 from tests.conftest import ROOT
 from tests.samples import face_like, jpeg
 
-BACKBONE = Backbone(name="small", embedding=8)
+BACKBONE = Backbone(name="small", width=112, embedding=8)
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     )
     for name in ("train", "lfw", "ytf"):
         counts = dict(images=4321, detected=4300, fallback=10, no_face=6, unreadable=5, several_faces=77)
-        (made.reports / "align").mkdir(parents=True, exist_ok=True)
-        (made.reports / "align" / f"{name}.json").write_text(json.dumps(counts))
+        (made.reports / "align" / name).mkdir(parents=True, exist_ok=True)
+        (made.reports / "align" / name / "metrics.json").write_text(json.dumps(counts))
     return made
 
 

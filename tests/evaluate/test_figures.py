@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.pages import save_png, to_svg
 from stages.evaluate import figures
 from stages.evaluate.verification import Roc, evaluate
 
@@ -39,8 +40,8 @@ def test_figures_are_the_same_every_time(tmp_path: Path) -> None:
             figures.scores_figure(scores, same, metrics.threshold),
             figures.folds_figure(metrics),
         )
-        figures.save_png(drawn[0], tmp_path / "roc.png")
-        made[attempt] = ((tmp_path / "roc.png").read_bytes(), [figures.to_svg(figure, "a") for figure in drawn])
+        save_png(drawn[0], tmp_path / "roc.png")
+        made[attempt] = ((tmp_path / "roc.png").read_bytes(), [to_svg(figure, "a") for figure in drawn])
     assert made[1] == made[2]
     for svg in made[1][1]:
         assert svg.startswith("<svg")

@@ -1,17 +1,30 @@
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from pipeline import executor
 from pipeline.errors import InputError
 from pipeline.executor import choose_device, run_all
+from pipeline.params import Machine
 
 ROOT = Path(__file__).parents[2]
+
+
+def machine(**changes: Any) -> Machine:
+    plain = {"executor": "local", "workers": 2, "threads": 1, "memory": 0.5, "device": "cpu"}
+    return Machine.model_validate(plain | changes)
 
 
 def square(number: int) -> tuple[int, int]:
@@ -24,29 +37,67 @@ def fail_at_three(number: int) -> int:
     return number
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_results_in_order_from_single_threaded_workers(workers: int) -> None:
-    results = run_all(square, [(i,) for i in range(9)], workers=workers, label="squaring", unit="numbers")
-    assert results == [(i * i, 1) for i in range(9)]
+@pytest.mark.parametrize(("workers", "threads"), [(1, 1), (2, 1), (1, 2)])
+def test_results_in_order_from_workers_of_so_many_threads(workers: int, threads: int) -> None:
+    where = machine(workers=workers, threads=threads)
+    results = run_all(square, [(i,) for i in range(9)], machine=where, label="squaring", unit="numbers")
+    assert results == [(i * i, threads) for i in range(9)]
 
 
 def test_the_first_failure_is_raised() -> None:
     with pytest.raises(ValueError, match="three is not liked"):
-        run_all(fail_at_three, [(i,) for i in range(9)], workers=1, label="trying", unit="numbers")
+        run_all(fail_at_three, [(i,) for i in range(9)], machine=machine(), label="trying", unit="numbers")
 
 
 def test_nothing_to_do() -> None:
-    assert run_all(square, [], workers=2, label="nothing", unit="numbers") == []
+    assert run_all(square, [], machine=machine(), label="nothing", unit="numbers") == []
+
+
+def test_no_more_processes_than_memory_or_the_tasks_ask_for() -> None:
+    cores = executor.cores()
+    available = psutil.virtual_memory().available / 2**30
+    assert executor._processes(machine(workers=None, memory=available * 0.6), 100, None) == 1
+    assert executor._processes(machine(workers=None, memory=available * 9), 100, None) == 1
+    assert executor._processes(machine(workers=None, memory=0.001), 100, None) == cores
+    assert executor._processes(machine(workers=None, memory=0.001, threads=cores), 100, None) == 1
+    assert executor._processes(machine(workers=7, memory=available * 9), 100, None) == 7
+    assert executor._processes(machine(workers=7), 3, None) == 3
+    assert executor._processes(machine(workers=7), 100, 4) == 4
+
+
+def die_once(folder: str, number: int) -> int:
+    """Notes each attempt; the first one at number 3 costs the worker its life."""
+    attempts = len(list(Path(folder).glob(f"{number}-*")))
+    (Path(folder) / f"{number}-{attempts}").touch()
+    if number == 3 and not attempts:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.2)
+    return number
+
+
+def die(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_worker_had_in_hand_is_done_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tasks = [(str(tmp_path), i) for i in range(8)]
+    assert run_all(die_once, tasks, machine=machine(), label="trying", unit="numbers") == list(range(8))
+    attempts = [len(list(tmp_path.glob(f"{i}-*"))) for i in range(8)]
+    assert attempts[3] == 2
+    assert sum(attempts) <= 8 + 4  # what both workers had in hand or in their queue
+    assert "a worker process died" in caplog.text
+
+
+def test_workers_that_die_again_and_again_are_one_clear_error() -> None:
+    with pytest.raises(InputError, match=r"died 3 times.*machine\.workers \(now 2\).*machine\.memory"):
+        run_all(die, [(i,) for i in range(4)], machine=machine(), label="dying", unit="numbers")
 
 
 PARENT = """
-import sys, time
-from pathlib import Path
-from pipeline.errors import InputError
-from pipeline.executor import choose_device, run_all
-from tests.pipeline.test_executor import sleep_long
+import sys
+from tests.pipeline.test_executor import machine, run_all, sleep_long
 if __name__ == "__main__":
-    run_all(sleep_long, [(sys.argv[1], i) for i in range(2)], workers=2, label="sleeping", unit="naps")
+    run_all(sleep_long, [(sys.argv[1], i) for i in range(2)], machine=machine(), label="sleeping", unit="naps")
 """
 
 
@@ -71,6 +122,77 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
         while worker.exists() and "zombie" not in (worker / "status").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+@contextmanager
+def dask(*arguments: str, code: Path = ROOT, wait_for: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A scheduler or a worker by dask's own command, and what its log says behind `wait_for`."""
+    environment = os.environ | {"PYTHONPATH": str(code)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "dask", *arguments], env=environment, stderr=subprocess.PIPE, cwd=code
+    ) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                found = re.search(rf"{wait_for}\s*(\S+)", line.decode())
+                if found:
+                    yield process, found[1]
+                    break
+            else:
+                pytest.fail(f"dask {arguments} ended without a word of {wait_for!r}")
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    arguments = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-show")
+    with dask(*arguments, wait_for="Scheduler at:") as (_, address):
+        yield address
+
+
+def worker(scheduler: str, memory: str = "1GiB", code: Path = ROOT) -> Any:
+    options = ("--nthreads", "1", "--memory-limit", memory, "--no-dashboard", "--no-nanny", "--host", "127.0.0.1")
+    return dask("worker", scheduler, *options, code=code, wait_for="Registered to:")
+
+
+def test_a_cluster_gives_what_local_processes_give_though_a_worker_is_killed(scheduler: str, tmp_path: Path) -> None:
+    tasks = [(str(tmp_path), i) for i in range(8)]
+    with worker(scheduler) as (first, _), worker(scheduler) as (second, _):
+        assert run_all(die_once, tasks, machine=machine(executor=scheduler), label="trying", unit="numbers") == list(
+            range(8)
+        )
+        assert sorted(process.poll() is None for process in (first, second)) == [False, True]
+    assert len(list(tmp_path.glob("3-*"))) == 2
+
+
+def test_a_cluster_raises_what_a_task_raises(scheduler: str) -> None:
+    with worker(scheduler), pytest.raises(ValueError, match="three is not liked"):
+        run_all(fail_at_three, [(3,)], machine=machine(executor=scheduler), label="trying", unit="numbers")
+
+
+def test_a_cluster_that_cannot_do_the_work_is_refused(
+    scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(match: str, **changes: Any) -> None:
+        with pytest.raises(InputError, match=match):
+            run_all(
+                square, [(1,)], machine=machine(**{"executor": scheduler} | changes), label="trying", unit="numbers"
+            )
+
+    monkeypatch.setattr(executor, "_PATIENCE", 2)
+    refused(
+        r"machine\.executor: no Dask scheduler at tcp://127\.0\.0\.1:1 .*dask scheduler", executor="tcp://127.0.0.1:1"
+    )
+    refused("has no workers.*dask worker")
+    with worker(scheduler):
+        refused(r"machine\.memory: 2 GiB, but the Dask worker tcp://.* 1 GiB", memory=2.0)
+    for name in ("pipeline", "stages", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "stages" / "align" / "warp.py").open("a") as file:
+        file.write("# changed\n")
+    with worker(scheduler, code=tmp_path):
+        refused("runs another version of this project's code")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

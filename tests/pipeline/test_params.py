@@ -26,7 +26,7 @@ def test_flatten_gives_every_value_by_its_dotted_name() -> None:
     flat = flatten(load_params(ROOT / "params.yaml"))
     assert flat["train.head.scale"] == 64.0
     assert flat["train.head.margin"] == 0.35
-    assert flat["align.thresholds"] == [0.6, 0.7, 0.7]
+    assert flat["align.detector.thresholds"] == [0.6, 0.7, 0.7]
     assert flat["download.lfw.folds"] == 10
 
 
@@ -37,7 +37,14 @@ WRONG: list[tuple[str, Any, str]] = [
     ("train.schedule.milestones", [300, 200], r"milestones must increase, not \[300, 200\]"),
     ("train.schedule.milestones", [320], r"milestones must lie before iterations"),
     ("shard.val_fraction", 1, r"shard\.val_fraction: .*less than 1"),
-    ("align.thresholds", [0.6, 0.7], r"align\.thresholds"),
+    ("align.detector.thresholds", [0.6, 0.7], r"align\.detector\.thresholds"),
+    ("align.detector.min_face_share", 1.5, r"align\.detector\.min_face_share: .*less than or equal to 1"),
+    ("align.looks", ["sideways"], r"align\.looks\.0: .*'smaller', 'rotated' or 'equalised', not 'sideways'"),
+    ("align.looks", ["smaller", "smaller"], r"align: looks: each at most once"),
+    ("align.choose", "best", r"align\.choose: .*'centre', 'largest' or 'weighted', not 'best'"),
+    ("align.face.width", 100, r"align\.face\.width: .*112 or 96, not 100"),
+    ("machine.executor", "cluster", r"machine\.executor: .*not 'cluster'"),
+    ("machine.memory", 0, r"machine\.memory: .*greater than 0, not 0"),
     ("download.train.source", "ftp", r"download\.train: .*'synthetic', 'folder', 'archive'"),
     ("download.train.folds", 10, r"train\.folds: the training set has none"),
     ("download.lfw.pairs", 7, r"lfw: needs folds >= 2 and an even number of pairs"),

@@ -51,7 +51,7 @@ def tracked(params: Params, request: pytest.FixtureRequest) -> Params:
 def models(tmp_path: Path) -> Iterator[Path]:
     """A small trained model, as far as its files go."""
     with torch.random.fork_rng():
-        backbone = Backbone(name="small", embedding=16)
+        backbone = Backbone(name="small", width=112, embedding=16)
         folder = tmp_path / "models"
         save_model(folder, build_model(backbone), nn.Linear(16, 2), {"backbone": backbone.model_dump()})
         yield folder

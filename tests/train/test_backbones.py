@@ -21,13 +21,13 @@ def sphere_parameters(units: tuple[int, ...], embedding: int) -> int:
     return total + 512 * 7 * 7 * embedding + embedding
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_shape_gradient_and_determinism(name: str) -> None:
+@pytest.mark.parametrize(("name", "width"), [*((name, 112) for name in BACKBONES), ("sphere64", 96), ("small", 96)])
+def test_shape_gradient_and_determinism(name: str, width: int) -> None:
     models = []
     for _ in range(2):
         torch.manual_seed(0)
-        models.append(build_model(Backbone(name=name, embedding=32)))  # type: ignore[arg-type]
-    images = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
+        models.append(build_model(Backbone(name=name, width=width, embedding=32)))  # type: ignore[arg-type]
+    images = torch.randint(0, 256, (2, 3, 112, width), dtype=torch.uint8)
     features = models[0].eval()(images)
     assert features.shape == (2, 32)
     assert features.dtype == torch.float32
@@ -38,14 +38,14 @@ def test_shape_gradient_and_determinism(name: str) -> None:
 
 
 def test_sphere64_is_the_published_network() -> None:
-    network = BACKBONES["sphere64"](512)
+    network = BACKBONES["sphere64"](512, 112)
     assert sum(isinstance(m, nn.Conv2d) for m in network.modules()) == 64
     assert sum(p.numel() for p in network.parameters()) == sphere_parameters((3, 8, 16, 3), 512)
 
 
 def test_ir50_has_the_published_layers() -> None:
     """50 layers: stem, 24 units of 2 convolutions, FC; shortcuts not counted."""
-    network = BACKBONES["ir50"](512)
+    network = BACKBONES["ir50"](512, 112)
     large = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(large) + 1 == 50
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(43.6e6, rel=0.01)

@@ -1,18 +1,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.params import Backbone
 from stages.train.heads import CosFace
-from stages.train.model import ModelError, build_model, load_model, save_model
+from stages.train.model import FaceError, ModelError, build_model, decode_face, load_model, save_model
+from tests.samples import jpeg
 
 CPU = torch.device("cpu")
 
 
 def test_saved_and_loaded_models_agree_to_the_bit(tmp_path: Path) -> None:
-    backbone = Backbone(name="small", embedding=16)
+    backbone = Backbone(name="small", width=112, embedding=16)
     model = build_model(backbone)
     model.train()(torch.randint(0, 256, (4, 3, 112, 112), dtype=torch.uint8))  # moves the running statistics
     save_model(tmp_path, model, CosFace(3, 16, 64.0, 0.35), {"backbone": backbone.model_dump()})
@@ -24,11 +26,36 @@ def test_saved_and_loaded_models_agree_to_the_bit(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_model_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.json: no such file; `dvc repro train` makes it"):
         load_model(tmp_path, CPU)
-    backbone = Backbone(name="small", embedding=16)
+    backbone = Backbone(name="small", width=112, embedding=16)
     save_model(tmp_path, build_model(backbone), CosFace(3, 16, 64.0, 0.35), {"backbone": backbone.model_dump()})
-    (tmp_path / "model.json").write_text(json.dumps({"backbone": {"name": "small", "embedding": 32}}))
+    (tmp_path / "model.json").write_text(json.dumps({"backbone": {"name": "small", "width": 112, "embedding": 32}}))
     with pytest.raises(ModelError, match="not a model of this pipeline"):
         load_model(tmp_path, CPU)
     (tmp_path / "backbone.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelError, match="not a model of this pipeline"):
         load_model(tmp_path, CPU)
+
+
+def test_a_face_is_seen_in_rgb() -> None:
+    pixels = np.zeros((112, 112, 3), np.uint8)
+    pixels[..., 0], pixels[..., 2] = 200, 50  # red and some blue
+    np.testing.assert_allclose(decode_face(jpeg(pixels), 112).mean((0, 1)), [200, 0, 50], atol=2)
+
+
+@pytest.mark.parametrize(("width", "margin"), [(112, 0), (112, 10), (96, 0), (96, 10)])
+def test_of_a_larger_face_the_middle_is_seen(width: int, margin: int) -> None:
+    """A margin is left away, and of a face 112 wide the paper's 96 are the middle."""
+    y, x = np.mgrid[: 112 + 2 * margin, : 112 + 2 * margin].astype(np.uint8)
+    pixels = decode_face(jpeg(np.stack([x, y, x], axis=2)), width)
+    assert pixels.shape == (112, width, 3)
+    left = margin + (112 - width) // 2
+    assert abs(int(pixels[50, 0, 0]) - left) <= 2
+    assert abs(int(pixels[0, 50, 1]) - margin) <= 2
+    assert abs(int(pixels[50, -1, 0]) - (left + width - 1)) <= 2
+
+
+def test_bytes_that_are_no_face_are_refused() -> None:
+    with pytest.raises(FaceError, match="no image"):
+        decode_face(b"nothing", 112)
+    with pytest.raises(FaceError, match=r"112×96 pixels is too small for a network of 112×112: train\.backbone\.width"):
+        decode_face(jpeg(np.zeros((112, 96, 3), np.uint8)), 112)

@@ -1,0 +1,73 @@
+"""What earlier runs have aligned and need not be aligned again.
+
+Every part of the aligned table carries, in its metadata, the fingerprint of the parameters and the code that made it. A
+row may be taken over wherever it lies if that fingerprint is today's and the photograph's SHA-256 is the same: the
+table itself says so, whatever has happened to its folder since. Rows that nothing needs any more go.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import tables
+
+COPIED = ["image_id", "identity", "video", "frame", "sha256"]
+"""Columns that are the raw table's."""
+
+Rows = Mapping[Path, list[tuple[int, int]]]
+"""For each earlier part, (row of the new part, row of the earlier one) of what it provides."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Rows that may be taken over: SHA-256 of the photograph, part and row of each."""
+
+    files: list[Path]
+    sha256: pa.ChunkedArray
+    file: np.ndarray
+    row: np.ndarray
+
+    def of(self, source: Path) -> Rows:
+        """What it provides of a part of the raw table."""
+        wanted = tables.read_table(source, tables.RAW, ["sha256"])["sha256"]
+        places = pc.index_in(wanted, value_set=self.sha256).to_pylist()
+        provided: dict[Path, list[tuple[int, int]]] = defaultdict(list)
+        for row, place in enumerate(places):
+            if place is not None:
+                provided[self.files[self.file[place]]].append((row, int(self.row[place])))
+        return provided
+
+
+def is_done(source: Path, target: Path, made_by: str) -> bool:
+    """Whether a part of the aligned table is what would be made of a part of the raw one."""
+    if not target.exists() or tables.made_by(target) != made_by:
+        return False
+    was, now = (
+        tables.read_table(path, schema, COPIED).combine_chunks()
+        for path, schema in ((target, tables.ALIGNED), (source, tables.RAW))
+    )
+    return bool(was.equals(now))
+
+
+def set_aside(folder: Path, aside: Path, keep: set[Path], made_by: str) -> Earlier:
+    """Move the parts that are not to be kept from `folder` to `aside`; say which rows there can be taken over."""
+    aside.mkdir(exist_ok=True)
+    for path in set(folder.iterdir()) - keep:
+        if path.suffix == ".parquet" and tables.made_by(path) == made_by:
+            path.replace(aside / f"{tables.sha256_file(path)}.parquet")
+        else:
+            path.unlink()  # of other parameters, or the temporary file of a killed run
+    files = [path for path in sorted(aside.glob("*.parquet")) if tables.made_by(path) == made_by]
+    columns = [tables.read_table(path, tables.ALIGNED, ["sha256"])["sha256"] for path in files]
+    lengths = [len(column) for column in columns]
+    return Earlier(
+        files=files,
+        sha256=pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()),
+        file=np.repeat(np.arange(len(files)), lengths),
+        row=np.concatenate([np.arange(length) for length in [0, *lengths]]),
+    )
