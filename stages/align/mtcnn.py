@@ -175,8 +175,8 @@ class Detector:
         """
         filled = bool((sizes == canvas.shape[1:3]).all())
         maps = self._pnet[:2](_input(canvas, self._device))
-        if not filled:  # the pooling that follows takes ragged edges: what lies beyond must not be the largest there
-            maps = maps.masked_fill(self._beyond(sizes - 2, maps), -torch.inf)
+        if not filled:
+            _fence(maps, torch.from_numpy(sizes).to(self._device) - 2)
         out = self._pnet[2:](maps)
         probability = _probability(out)
         if not filled:
@@ -251,12 +251,22 @@ def _crop(image: Image, box: Sequence[int], out: NDArray[np.float32]) -> None:
 
 def _input(pixels: NDArray[Any], device: torch.device) -> torch.Tensor:
     """(n, h, w, 3), 0 to 255, as (n, 3, h, w) float32, −1 to 1, in the memory order that convolutions like best."""
-    return (torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() - 127.5) * 0.0078125
+    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).sub(127.5).mul_(0.0078125)
 
 
 def _probability(out: torch.Tensor) -> torch.Tensor:
     """Softmax over the last two channels, (not a face, a face)."""
     return out[:, -2:].softmax(dim=1)[:, 1]
+
+
+def _fence(maps: torch.Tensor, sizes: torch.Tensor) -> None:
+    """Put a line of −∞ below and right of what maps (n, c, h, w) hold of the sizes (n, 2), where there is room: of
+    windows of two that reach across the edge, max pooling then takes what is within.
+    """
+    height, width = sizes.unbind(1)
+    low, narrow = torch.nonzero(height < maps.shape[2])[:, 0], torch.nonzero(width < maps.shape[3])[:, 0]
+    maps[low, :, height[low]] = -torch.inf
+    maps[narrow, :, :, width[narrow]] = -torch.inf
 
 
 class _MaxPool(nn.Module):
