@@ -31,6 +31,7 @@ from stages.align import align_images as module_align_images
 from stages.align import reduction, run
 from stages.align.decode import decode
 from tests.align.scenes import scenes
+from tests.pipeline.test_executor import dask, worker
 
 PARAMS = Align(
     detector=Detector(
@@ -170,6 +171,15 @@ def test_two_workers_write_the_same_bytes(raw: Path, aligned: Path, tmp_path: Pa
     out = tmp_path / "train"
     run(raw, out, PARAMS, machine(2), evaluation=False, report=tmp_path / "reports" / "train")
     assert files(out, tmp_path / "reports" / "train") == files(aligned, aligned.parent / "reports" / "train")
+
+
+def test_a_dask_cluster_writes_the_same_bytes(raw: Path, aligned: Path, tmp_path: Path) -> None:
+    scheduler = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-show")
+    with dask(*scheduler, wait_for="Scheduler at:") as (_, address), worker(address), worker(address):
+        where = machine(1).model_copy(update={"executor": address})
+        report = tmp_path / "reports" / "train"
+        run(raw, tmp_path / "train", PARAMS, where, evaluation=False, report=report)
+    assert files(tmp_path / "train", report) == files(aligned, aligned.parent / "reports" / "train")
 
 
 def test_a_killed_run_goes_on_from_the_first_missing_part(raw: Path, aligned: Path, tmp_path: Path) -> None:
