@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.align.decode import UnreadableImage, decode
+from stages.align.decode import UnreadableImage, decode, decode_reduced
 
 
 def picture() -> NDArray[np.uint8]:
@@ -145,3 +145,50 @@ def test_random_damage_is_never_anything_but_unreadable() -> None:
         except UnreadableImage:
             unreadable += 1
     assert unreadable > 100
+
+
+def pillow(content: bytes) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"restart_marker_rows": 1}])
+def test_the_fast_way_gives_pillows_pixels(mode: str, options: dict[str, Any]) -> None:
+    content = encoded(NOISE, "JPEG", mode, quality=80, **options)
+    assert decode_reduced(content, lambda height, width: 1)[1] == 1
+    assert (decode(content) == pillow(content)).all()
+
+
+def test_what_the_fast_way_complains_of_is_left_to_pillow() -> None:
+    """Bytes between two segments, which cameras leave there, do no harm."""
+    content = JPEG[:2] + b"\xff\xfe\x00\x04ab" + JPEG[2:]  # a comment
+    assert (decode(content) == pillow(JPEG)).all()
+    assert (decode(JPEG + b"behind the end") == pillow(JPEG)).all()
+
+
+@pytest.mark.parametrize("by", [1, 2, 4, 8])
+def test_a_reduced_jpeg_is_the_mean_of_the_pixels_it_covers(by: int) -> None:
+    y, x = np.mgrid[:400, :600]
+    smooth = np.stack([x / 3, y / 2, 255 - x / 3], axis=-1).astype(np.uint8)
+    seen: list[tuple[int, int]] = []
+
+    def reduction(height: int, width: int) -> int:
+        seen.append((height, width))
+        return by
+
+    pixels, reduced = decode_reduced(encoded(smooth, "JPEG", quality=95), reduction)
+    assert seen == [(400, 600)]
+    assert reduced == by
+    means = smooth.reshape(400 // by, by, 600 // by, by, 3).mean(axis=(1, 3))
+    assert pixels.shape == means.shape
+    assert np.abs(pixels - means).max() < 5
+
+
+def test_turned_and_other_files_are_never_reduced() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for content in (encoded(RGB, "PNG"), encoded(RGB, "JPEG", exif=exif)):
+        assert decode_reduced(content, lambda height, width: 8)[1] == 1
+    exif[0x0112] = 1
+    assert decode_reduced(encoded(RGB, "JPEG", exif=exif), lambda height, width: 8)[1] == 8
