@@ -143,7 +143,7 @@ def test_one_tracked_run_holds_training_and_both_evaluations(project: Path) -> N
 def test_a_killed_second_clone_ends_in_the_same_hashes(project: Path, tmp_path: Path) -> None:
     """kill -9 of everything in the middle of align, then of train; the third go finishes."""
     second = clone(tmp_path / "second")
-    for sign in ("data/aligned/.train.unfinished", "checkpoints/*/iteration-00000020.pt"):
+    for sign in ("data/aligned/.train.earlier", "checkpoints/*/iteration-00000020.pt"):
         process = subprocess.Popen(
             ["dvc", "repro"],
             cwd=second,
