@@ -392,7 +392,7 @@ def write_raw(folder: Path, contents: Sequence[bytes], count: int) -> Path:
 
 
 def machine(workers: int, executor: str = "local") -> Machine:
-    return Machine(executor=executor, workers=workers, threads=1, memory=0.5, device="cpu")
+    return Machine(executor=executor, workers=workers, threads=1, memory=0.5, device="cpu", cache="none")
 
 
 def aligned(raw: Path, out: Path, where: Machine) -> float:

@@ -67,7 +67,7 @@ def realigned(raw: Path, aligned: Path, out: Path, make: Make, quality: int) -> 
         tables.write_table(out / path.name, pa.Table.from_pylist(rows, tables.ALIGNED), tables.ALIGNED)
 
 
-def settings(faces: Path) -> Params:
+def settings(faces: Path, work: Path) -> Params:
     """The default recipe on these photographs."""
     params = load_params(ROOT / "params.yaml")
 
@@ -82,7 +82,7 @@ def settings(faces: Path) -> Params:
     return params.model_copy(
         update={
             "download": params.download.model_copy(update=sources),
-            "train": params.train.model_copy(update={"schedule": schedule}),
+            "train": params.train.model_copy(update={"schedule": schedule, "data": str(work / "shards")}),
             "tracking": params.tracking.model_copy(update={"enabled": False}),
         }
     )
@@ -93,9 +93,8 @@ def main() -> None:
     parser.add_argument("--faces", type=Path, default=ROOT.parent / "shared" / "faces")
     faces: Path = parser.parse_args().faces
     configure_logging()
-    params = settings(faces)
     with tempfile.TemporaryDirectory() as name:
-        rows = measure(params, Path(name))
+        rows = measure(settings(faces, Path(name)), Path(name))
     result = {
         "machine": {"cores": cores(), "processor": platform.machine()},
         "versions": {"python": platform.python_version()}
@@ -113,9 +112,10 @@ def measure(params: Params, work: Path) -> list[dict[str, Any]]:
         download.run(name, source, raw, params.machine, work / "downloads")
         report = work / "reports" / name
         align.run(raw, aligned, params.align, params.machine, evaluation=name != "train", report=report)
-    shard.run(work / "aligned" / "train", work / "shards", params.shard)
+    shards, page = work / "shards", work / "reports" / "shard"
+    shard.run(work / "aligned" / "train", {}, shards, page, params.shard, params.align.face, params.machine)
     started = time.perf_counter()
-    train.run(work / "shards", work / "models", work / "checkpoints", params)
+    train.run(work / "models", work / "checkpoints", params)
     print(f"trained in {time.perf_counter() - started:.0f} s")
 
     noise = np.random.default_rng(0)

@@ -29,6 +29,10 @@ app = typer.Typer(
 )
 
 
+shards = typer.Typer(help="What training reads.", no_args_is_help=True)
+app.add_typer(shards, name="shards")
+
+
 class CommandError(InputError):
     """A command cannot do what it was asked to; the message says why."""
 
@@ -141,6 +145,18 @@ def params() -> None:
 
     for key, value in flatten(load_params()).items():
         print(f"{key} = {value}")
+
+
+@shards.command()
+def verify(folder: Annotated[Path, typer.Argument(help="Of the shards.")] = Path("data/shards")) -> None:
+    """Check every file against its SHA-256, and every row's image and label."""
+    from pipeline.params import load_params
+    from pipeline.progress import configure_logging
+    from stages.shard.verify import verify
+
+    configure_logging()
+    seen = verify(folder, load_params().machine)
+    print(f"{folder}: {seen.files} files, {seen.rows:,} examples, all as index.json says")
 
 
 def _terminate(*_: Any) -> NoReturn:

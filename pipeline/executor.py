@@ -114,7 +114,9 @@ def run_all(
             shown.update(worth[index])
 
         call = functools.partial(_prepared, machine.threads, function)
-        if machine.executor == "local":
+        if machine.executor == "local" and len(tasks) == 1:
+            done(0, function(*tasks[0]))  # not worth a process
+        elif machine.executor == "local":
             _locally(call, tasks, results, done, _processes(machine, len(tasks), most), machine.threads)
         else:
             with _cluster(machine) as executor:

@@ -156,6 +156,11 @@ class Face(Section):
     quality: Annotated[int, Field(ge=50, le=100)]
     """Of the JPEG."""
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels, with the margin."""
+        return 112 + 2 * self.margin, self.width + 2 * self.margin
+
 
 Look = Literal["smaller", "rotated", "equalised"]
 
@@ -179,16 +184,56 @@ class Align(Section):
         return self
 
 
+class Clean(Section):
+    """What is left out of the training set. Every image and identity left out is a row with its reason."""
+
+    min_images: Count
+    """Identities with fewer images, after all else, are left out."""
+    duplicates: bool
+    """Whether copies of a photograph are left out: all but one in an identity; all where identities disagree, and all
+    that an evaluation set has too."""
+    near_duplicates: Annotated[int, Field(ge=0, le=32)] | None
+    """The same for faces whose perceptual hashes differ in at most so many of 256 bits; null: not looked for."""
+    same_names: bool
+    """Whether identities that bear a name of an evaluation set are left out."""
+    names: Annotated[str, Field(min_length=1)]
+    """A file of lines `<identity> <name>`, where identities are numbers; others are their own names."""
+    lists: list[Literal["casia-webface-lfw"]]
+    """Published lists of identities that a training set shares with an evaluation set."""
+    exclude: Annotated[str, Field(min_length=1)]
+    """A file with columns image_id, identity, reason: what people have decided to leave out."""
+
+
+class Validation(Section):
+    """What is kept back to choose models by."""
+
+    by: Literal["image", "identity"]
+    """image: some of the images of each identity, whose share that is classified rightly counts; identity: some
+    identities, unknown to the model, of whom verification pairs are drawn."""
+    share: Annotated[float, Field(ge=0, lt=1)]
+    """Of each identity's images, or of the identities; rounded down."""
+    pairs: Annotated[int, Field(ge=0)]
+    """Verification pairs, half of them of the same person; 0 by image."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.by == "image" and self.pairs:
+            raise ValueError(f"pairs: 0 where validation is by image, not {self.pairs}")
+        if self.by == "identity" and (self.pairs < 2 or self.pairs % 2 or not self.share):
+            raise ValueError("by identity needs a share above 0 and an even number of pairs, at least 2")
+        return self
+
+
 class Shard(Section):
-    """Labels, split and the one global shuffle."""
+    """Cleaning, labels, split and the one global shuffle."""
 
     seed: Seed
-    min_images: Count
-    """Identities with fewer aligned images are dropped."""
-    val_fraction: Annotated[float, Field(ge=0, lt=1)]
-    """Share of each identity's images kept for validation, rounded down."""
+    clean: Clean
+    validation: Validation
     shard_rows: Count
+    """Examples in a file."""
     row_group_rows: Count
+    """Examples that are read at a time."""
 
 
 class Backbone(Section):
@@ -238,19 +283,48 @@ class Schedule(Section):
         return self
 
 
+class UniformSampling(Section):
+    """Every image once an epoch."""
+
+    name: Literal["uniform"]
+
+
+class BalancedSampling(Section):
+    """Every identity equally often: each batch has so many, and so many images of each. Needs machine.cache."""
+
+    name: Literal["balanced"]
+    identities: Count
+    images: Count
+
+
 class Augment(Section):
-    """What happens to a training image before the network sees it."""
+    """What happens to a training image before the network sees it, and how often. Strengths are in train/augment.py."""
 
     horizontal_flip: Share
+    shift: Annotated[int, Field(ge=0, le=56)]
+    """Pixels by which what the network sees is off the middle, at most; align.face.margin must be as large."""
+    crop: Share
+    low_resolution: Share
+    colour: Share
+    blur: Share
+    jpeg: Share
+
+    @property
+    def by_image(self) -> bool:
+        """Whether more is asked for than a flip and a shift, which are done to whole batches."""
+        return any((self.crop, self.low_resolution, self.colour, self.blur, self.jpeg))
 
 
 class Train(Section):
     """Training by LMCL."""
 
+    data: Annotated[str, Field(min_length=1)]
+    """Folder of the shards, or an address that fsspec knows."""
     seed: Seed
     backbone: Backbone
     head: Head
     batch: Annotated[int, Field(ge=2)]
+    sampling: Annotated[UniformSampling | BalancedSampling, Field(discriminator="name")]
     optimizer: Optimizer
     schedule: Schedule
     augment: Augment
@@ -260,6 +334,15 @@ class Train(Section):
     """Iterations between two rows of history.csv and MLflow."""
     checkpoint_every: Count
     """Iterations between two checkpoints."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        sampling = self.sampling
+        if isinstance(sampling, BalancedSampling) and sampling.identities * sampling.images != self.batch:
+            raise ValueError(
+                f"sampling: {sampling.identities} identities, {sampling.images} images each: no batch of {self.batch}"
+            )
+        return self
 
 
 class Evaluate(Section):
@@ -284,6 +367,9 @@ class Machine(Section):
     memory: Annotated[float, Field(gt=0)]
     """What a worker may need, GiB."""
     device: Literal["auto", "cpu", "cuda"]
+    cache: Literal["none", "host", "device"]
+    """Whether training decodes each image every time, or once: into memory, shared by all processes, or into the
+    GPU's. 37 kB an image, 18.4 GB for CASIA-WebFace."""
 
 
 class Tracking(Section):
@@ -303,6 +389,19 @@ class Params(Section):
     evaluate: Evaluate
     machine: Machine
     tracking: Tracking
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.train.sampling, BalancedSampling) and self.machine.cache == "none":
+            raise ValueError(
+                "train.sampling: balanced reads images in any order, which only decoded ones allow; "
+                "set machine.cache to host or device"
+            )
+        if self.train.augment.by_image and self.machine.cache == "device":
+            raise ValueError(
+                "machine.cache: device allows a flip and a shift alone; the rest of train.augment needs host or none"
+            )
+        return self
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -326,13 +425,15 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 
 def _explain(error: ValidationError) -> list[str]:
-    tags = {"synthetic", "folder", "archive"}
+    tags = {"synthetic", "folder", "archive", "uniform", "balanced"}
     lines = []
     for item in error.errors(include_url=False):
         parts = item["loc"]
-        # pydantic puts the chosen source's name into the path; the file has no such level
+        # pydantic puts the name of what was chosen into the path; the file has no such level
         key = ".".join(
-            str(part) for i, part in enumerate(parts) if not (i == 2 and parts[0] == "download" and part in tags)
+            str(part)
+            for i, part in enumerate(parts)
+            if not (i == 2 and parts[0] in ("download", "train") and part in tags)
         )
         match item["type"]:
             case "extra_forbidden":

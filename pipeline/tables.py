@@ -11,14 +11,16 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 
@@ -63,12 +65,28 @@ ALIGNED = pa.schema(
 EXAMPLES = pa.schema([("image", pa.binary()), ("label", pa.int32())])
 LABELS = pa.schema(
     [
-        ("label", pa.int32()),  # null for a dropped identity
+        ("label", pa.int32()),  # from 0; of identities that are only validated, beyond those; null for a dropped one
         ("identity", pa.string()),
         ("images", pa.int32()),  # in the aligned table, faces only
         ("train", pa.int32()),
         ("val", pa.int32()),
         ("dropped", pa.string()),  # why; null for a kept identity
+    ]
+)
+DROPPED = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("identity", pa.string()),
+        ("reason", pa.string()),  # stages/shard/clean.py has them
+        ("of", pa.string()),  # the image or identity that it repeats; null where there is none
+        ("distance", pa.int32()),  # of the perceptual hashes, bits of 256; null where none counts
+    ]
+)
+VAL_PAIRS = pa.schema(
+    [
+        ("left", pa.int32()),  # row of the validation shards
+        ("right", pa.int32()),
+        ("same", pa.bool_()),
     ]
 )
 
@@ -77,7 +95,7 @@ PART_ROWS = 500
 PART_BYTES = 256 << 20
 """A part closes earlier once its images reach this size, so that memory stays bounded for large photographs."""
 
-_MADE_BY = b"made_by"
+MADE_BY = "made_by"
 _PART = re.compile(r"part-(\d{5})\.parquet")
 
 
@@ -91,17 +109,21 @@ def part_path(folder: Path, index: int) -> Path:
 
 
 def write_table(
-    path: Path, table: pa.Table, schema: pa.Schema, row_group_rows: int = PART_ROWS, made_by: str | None = None
+    path: Path,
+    table: pa.Table,
+    schema: pa.Schema,
+    row_group_rows: int = PART_ROWS,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a whole Parquet file atomically; the same table gives the same bytes.
 
-    Image columns hold compressed JPEG and stay as they are; the others are compressed by zstd. `made_by`, the
-    fingerprint of what decides the rows, goes into the file's metadata.
+    Image columns hold compressed JPEG and stay as they are; the others are compressed by zstd. Of the metadata,
+    `MADE_BY` is the fingerprint of what decides the rows.
     """
     with atomic(path) as temporary:
         compression = {name: "NONE" if name == "image" else "ZSTD" for name in schema.names}
         pq.write_table(
-            table.cast(schema).replace_schema_metadata({_MADE_BY: made_by} if made_by else None),
+            table.cast(schema).replace_schema_metadata(dict(metadata) if metadata else None),
             temporary,
             row_group_size=row_group_rows,
             compression=compression,
@@ -161,6 +183,20 @@ def read_parts(folder: Path, schema: pa.Schema, columns: list[str] | None = None
     return pa.concat_tables([read_table(path, schema, columns) for path in parts(folder)])
 
 
+def read_images(folder: Path, schema: pa.Schema, rows: Sequence[int] | NDArray[np.intp]) -> dict[int, bytes]:
+    """The encoded images of some rows of a table, reading no part that has none of them."""
+    wanted = np.asarray(rows, np.intp)
+    paths = parts(folder)
+    ends = np.cumsum([pq.read_metadata(path).num_rows for path in paths])
+    part_of = np.searchsorted(ends, wanted, side="right")
+    found: dict[int, bytes] = {}
+    for part in np.unique(part_of).tolist():
+        images = read_table(paths[part], schema, ["image"])["image"]
+        start = int(ends[part - 1]) if part else 0
+        found |= {row: images[row - start].as_py() for row in wanted[part_of == part].tolist()}
+    return found
+
+
 def rows(path: Path) -> int:
     """How many rows a Parquet file has."""
     return int(pq.read_metadata(path).num_rows)
@@ -168,7 +204,7 @@ def rows(path: Path) -> int:
 
 def made_by(path: Path) -> str | None:
     """The fingerprint that a Parquet file was written with; None without one."""
-    value: bytes | None = (pq.read_metadata(path).metadata or {}).get(_MADE_BY)
+    value: bytes | None = (pq.read_metadata(path).metadata or {}).get(MADE_BY.encode())
     return value.decode() if value else None
 
 

@@ -108,6 +108,7 @@ def test_every_output_is_there(project: Path) -> None:
         "reports/align/train/metrics.json",
         "reports/align/ytf/metrics.json",
         "reports/lfw/metrics.json",
+        "reports/shard/metrics.json",
         "reports/ytf/metrics.json",
     }
 
@@ -136,8 +137,15 @@ def test_one_tracked_run_holds_training_and_both_evaluations(project: Path) -> N
         metrics = json.loads((project / "reports" / "align" / name / "metrics.json").read_text())
         assert run.data.metrics[f"align/{name}/detected"] == metrics["detected"] > 0
         assert run.data.metrics[f"align/{name}/residual/median"] == pytest.approx(metrics["residual"]["median"])
+    shards = json.loads((project / "reports" / "shard" / "metrics.json").read_text())
+    assert run.data.metrics["shard/train"] == shards["train"] > 0
+    assert "figures/faces.png" in {artifact.path for artifact in client.list_artifacts(run.info.run_id, "figures")}
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps == list(range(5, 61, 5))
+
+
+def test_shards_verify(project: Path) -> None:
+    assert "all as index.json says" in call(project, "cosface", "shards", "verify")
 
 
 def test_a_killed_second_clone_ends_in_the_same_hashes(project: Path, tmp_path: Path) -> None:

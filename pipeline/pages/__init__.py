@@ -65,9 +65,9 @@ def render(template: Path, out: Path, **values: Any) -> None:
         path.write_text(page, encoding="utf-8")
 
 
-def data_uri(jpeg: bytes) -> str:
-    """A JPEG as the address of an `<img>`."""
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
+def data_uri(picture: bytes, kind: str = "image/jpeg") -> str:
+    """A picture as the address of an `<img>`."""
+    return f"data:{kind};base64," + base64.b64encode(picture).decode("ascii")
 
 
 def save_png(figure: Figure, path: Path) -> None:

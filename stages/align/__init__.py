@@ -108,7 +108,9 @@ def _align_part(
         rows[i] = columns
     found = pa.Table.from_pylist(rows, _MADE)
     whole = [(raw if name in COPIED else found)[name] for name in tables.ALIGNED.names]
-    tables.write_table(target, pa.table(whole, schema=tables.ALIGNED), tables.ALIGNED, made_by=made_by)
+    tables.write_table(
+        target, pa.table(whole, schema=tables.ALIGNED), tables.ALIGNED, metadata={tables.MADE_BY: made_by}
+    )
 
 
 def align_images(contents: Iterable[bytes], params: Align, evaluation: bool, device: str) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,6 @@ def write_page(raw: Path, aligned: Path, folder: Path, params: Align, *, evaluat
         path.write_text(json.dumps(metrics, indent=2) + "\n")
     _list_rejected(aligned.name, table, metrics, folder / "rejected.csv")
 
-    reader = _Reader(raw, aligned)
     pages.render(
         Path(__file__).parent / "page.html.j2",
         folder / "index.html",
@@ -94,7 +93,7 @@ def write_page(raw: Path, aligned: Path, folder: Path, params: Align, *, evaluat
         evaluation=evaluation,
         params=params,
         charts=_charts(score, size, residual) if len(found) else {},
-        sheets=_sheets(table, detected, score, residual, reader),
+        sheets=_sheets(table, detected, score, residual, raw, aligned),
         unreadable=table.filter(pc.equal(table["status"], "unreadable")).slice(0, _WORST).to_pylist(),
     )
     return metrics
@@ -162,31 +161,13 @@ def _list_rejected(name: str, table: pa.Table, metrics: dict[str, Any], listing:
         log.info("%d rejected in all, listed in %s", len(rejected), listing)
 
 
-class _Reader:
-    """Single pictures of a set, read a part at a time."""
-
-    def __init__(self, raw: Path, aligned: Path) -> None:
-        self._folders = {"raw": (raw, tables.RAW), "aligned": (aligned, tables.ALIGNED)}
-        self._ends = np.cumsum([tables.rows(path) for path in tables.parts(aligned)])
-
-    def read(self, which: str, rows: Sequence[int]) -> dict[int, bytes]:
-        """The encoded pictures of some rows of the raw or of the aligned table."""
-        folder, schema = self._folders[which]
-        pictures: dict[int, bytes] = {}
-        parts = np.searchsorted(self._ends, rows, side="right")
-        for part in np.unique(parts):
-            images = tables.read_table(tables.part_path(folder, int(part)), schema, ["image"])["image"]
-            start = int(self._ends[part - 1]) if part else 0
-            pictures |= {row: images[row - start].as_py() for row in np.asarray(rows)[parts == part].tolist()}
-        return pictures
-
-
 def _sheets(
     table: pa.Table,
     detected: NDArray[np.intp],
     score: NDArray[np.float32],
     residual: NDArray[np.float64],
-    reader: _Reader,
+    raw: Path,
+    aligned: Path,
 ) -> list[Sheet]:
     """The sheets of the page, without empty ones."""
     names = table["image_id"]
@@ -195,7 +176,7 @@ def _sheets(
     scores, residuals = dict(zip(detected, score, strict=True)), dict(zip(detected, residual, strict=True))
 
     def faces(title: str, text: str, rows: NDArray[np.intp], number: Callable[[int], str]) -> Sheet:
-        shown = reader.read("aligned", rows.tolist())
+        shown = tables.read_images(aligned, tables.ALIGNED, rows)
         return Sheet(
             title,
             text,
@@ -203,7 +184,7 @@ def _sheets(
         )
 
     def photographs(title: str, text: str, rows: NDArray[np.intp], number: Callable[[int], str]) -> Sheet:
-        shown = reader.read("raw", rows.tolist())
+        shown = tables.read_images(raw, tables.RAW, rows)
         pictures = [Picture(_photograph(shown[r], table, r), number(r), names[r].as_py()) for r in rows.tolist()]
         return Sheet(title, text, pictures, whole=True)
 

@@ -731,34 +731,34 @@ class Photograph:
     film: int | None
 
 
-def identity_name(identity: int) -> str:
-    """The name of a person, such as `id00042`."""
-    return f"id{identity:05d}"
+def identity_name(seed: int, identity: int) -> str:
+    """The name of a person, such as `p1_00042`: two sets share it only where they share the person."""
+    return f"p{seed}_{identity:05d}"
 
 
-def _image_id(person: int, photo: int) -> str:
+def _image_id(seed: int, person: int, photo: int) -> str:
     """As in LFW: `<identity>/<identity>_%04d`, counted from 1."""
-    return f"{identity_name(person)}/{identity_name(person)}_{photo + 1:04d}"
+    return f"{identity_name(seed, person)}/{identity_name(seed, person)}_{photo + 1:04d}"
 
 
-def _video_id(person: int, film: int) -> str:
-    return f"{identity_name(person)}/{film}"
+def _video_id(seed: int, person: int, film: int) -> str:
+    return f"{identity_name(seed, person)}/{film}"
 
 
 def photographs(params: Synthetic, set_name: str) -> list[Photograph]:
     """Every image of a set, in order: stills for `train` and `lfw`, frames of videos for `ytf`."""
-    people = range(params.identities)
+    people, seed = range(params.identities), params.seed
     if set_name != "ytf":
         return [
-            Photograph(_image_id(person, photo), identity_name(person), None, None, person, photo, None)
+            Photograph(_image_id(seed, person, photo), identity_name(seed, person), None, None, person, photo, None)
             for person in people
             for photo in range(params.images)
         ]
     return [
-        Photograph(f"{video}/{film}.{frame}", identity_name(person), video, frame, person, frame, film)
+        Photograph(f"{video}/{film}.{frame}", identity_name(seed, person), video, frame, person, frame, film)
         for person in people
         for film in range(params.videos)
-        for video in [_video_id(person, film)]
+        for video in [_video_id(seed, person, film)]
         for frame in range(1, params.images + 1)
     ]
 
@@ -804,5 +804,12 @@ def protocol(params: Synthetic, set_name: str) -> pa.Table:
                 else:
                     pair, photos = divmod(index, each * each)
                     (left, i), (right, j) = zip(strangers[pair], divmod(photos, each), strict=True)
-                rows.append({"fold": fold, "left": name(left, i), "right": name(right, j), "same": same})
+                rows.append(
+                    {
+                        "fold": fold,
+                        "left": name(params.seed, left, i),
+                        "right": name(params.seed, right, j),
+                        "same": same,
+                    }
+                )
     return pa.Table.from_pylist(rows, PAIRS)

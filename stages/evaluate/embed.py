@@ -23,7 +23,8 @@ from pipeline import tables
 from pipeline.executor import cores
 from pipeline.progress import bar
 from stages.evaluate.verification import EvaluationError
-from stages.train.model import FaceError, FaceModel, decode_face
+from stages.train.faces import FaceError, decode_face
+from stages.train.model import FaceModel
 
 log = logging.getLogger(__name__)
 

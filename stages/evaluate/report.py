@@ -77,9 +77,9 @@ def build(reports: Path, models: Path, aligned: Path, out: Path, params: Params)
     """Write the page and return the verdict, a line a protocol.
 
     Args:
-        reports: folder with `align/<set>/metrics.json` and, for each protocol, `<set>/scores.parquet` and
-            `metrics.json`.
-        models: folder with history.csv and train.json.
+        reports: folder with `align/<set>/metrics.json`, `shard/metrics.json` and, for each protocol,
+            `<set>/scores.parquet` and `metrics.json`.
+        models: folder with history.csv, train.json and faces.png.
         aligned: folder of the aligned sets.
         out: the page.
         params: all of params.yaml.
@@ -98,6 +98,9 @@ def build(reports: Path, models: Path, aligned: Path, out: Path, params: Params)
         backbone=params.train.backbone,
         training=_training_charts(models / "history.csv"),
         counts=[{"set": name} | _counts(_alignment(reports, name)) for name in SETS],
+        left_out={name: count for name, count in _shards(reports)["dropped"].items() if count},
+        shards=_shards(reports),
+        seen=pages.data_uri((models / "faces.png").read_bytes(), "image/png"),
         samples=_samples(aligned / "train"),
         parameters={name: flatten(getattr(params, name), name) for name in SHOWN_SECTIONS},
     )
@@ -193,7 +196,7 @@ def _training_charts(history: Path) -> dict[str, str]:
     with history.open(newline="") as file:
         rows = list(csv.DictReader(file))
     columns = {key: [float(row[key]) if row[key] else None for row in rows] for key in rows[0]} if rows else {}
-    needed = {"iteration", "loss", "accuracy", "learning_rate", "val_accuracy"}
+    needed = {"iteration", "loss", "accuracy", "learning_rate", "val_accuracy", "val_auc"}
     if not needed <= columns.keys():
         raise EvaluationError(f"{history}: has columns {sorted(columns)}, expected {sorted(needed)} and at least a row")
     iteration = [int(value or 0) for value in columns["iteration"]]
@@ -205,11 +208,14 @@ def _training_charts(history: Path) -> dict[str, str]:
         share=True,
     )
     rate = figures.training_figure(iteration, ("rate", columns["learning_rate"], pages.SAME), log=True)
-    return {
+    charts = {
         "Loss (LMCL)": to_svg(loss, "loss"),
         "Accuracy among training identities": to_svg(accuracy, "accuracy"),
-        "Learning rate": to_svg(rate, "rate"),
     }
+    if any(value is not None for value in columns["val_auc"]):
+        auc = figures.training_figure(iteration, ("validation", columns["val_auc"], pages.SAME))
+        charts["AUC among validation identities"] = to_svg(auc, "auc")
+    return charts | {"Learning rate": to_svg(rate, "rate")}
 
 
 def _counts(alignment: dict[str, Any]) -> dict[str, int]:
@@ -218,6 +224,10 @@ def _counts(alignment: dict[str, Any]) -> dict[str, int]:
 
 def _alignment(reports: Path, name: str) -> dict[str, Any]:
     return _read_json(reports / "align" / name / "metrics.json")
+
+
+def _shards(reports: Path) -> dict[str, Any]:
+    return _read_json(reports / "shard" / "metrics.json")
 
 
 def _flat(values: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -249,6 +259,7 @@ def main(params: Params) -> None:
     with training_run_of(Path("models"), params) as tracker:
         for name in SETS:
             tracker.log_metrics(_flat(_alignment(reports, name), f"align/{name}"))
+        tracker.log_metrics(_flat(_shards(reports), "shard"))
         tracker.log_artifact(page, "report")
     print(verdict, end="")
 

@@ -1,51 +1,116 @@
-"""shard: aligned faces become labelled training examples, shuffled once, in a few large files."""
+"""shard: aligned faces become labelled training examples, cleaned, shuffled once, in a few large files.
 
+what is left out   clean.py     and why, by the copies that hashes.py finds
+what remains       split.py     labels; train and validation; verification pairs
+the files          writer.py    one global shuffle in bounded memory
+reading them       reader.py    rows of a split, from a folder or an address
+the outcome        page.py      counts, and what was left out to look at; verify.py checks every row
+"""
+
+import json
 import logging
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipeline.params import Shard
-from pipeline.tables import ALIGNED, LABELS, fingerprint, parts, read_parts, resumable, sha256_file, write_table
-from stages.shard.split import ShardError, make_plan, shuffled
-from stages.shard.writer import write_shards
+from pipeline import tables
+from pipeline.executor import run_all
+from pipeline.params import Face, Machine, Shard
+from stages.shard.clean import Faces, ShardError, clean
+from stages.shard.hashes import hash_part
+from stages.shard.page import write_page
+from stages.shard.reader import FORMAT, File, Index
+from stages.shard.split import draw_pairs, make_plan, shuffled
+from stages.shard.writer import File as ShardFile
+from stages.shard.writer import shard_files, write_shards
 
 __all__ = ["ShardError", "run"]
 
 log = logging.getLogger(__name__)
+_CODE = Path(__file__).parent
 
 
-def run(aligned: Path, out: Path, params: Shard) -> None:
-    """Write `train-*`, `val-*` and `labels.parquet` from the detected faces of an aligned table.
+def run(
+    aligned: Path, evaluation: dict[str, Path], out: Path, report: Path, params: Shard, face: Face, machine: Machine
+) -> None:
+    """Write shards of the detected faces of a training set, and what became of the others.
 
-    The same faces and parameters give the same bytes.
+    The same faces and parameters give the same bytes, for any number of workers; an interrupted run goes on from the
+    files that are missing.
 
     Args:
         aligned: folder of the aligned training set.
-        out: folder of the shards.
+        evaluation: folder of each aligned evaluation set, by its name.
+        out: folder of `train-*`, `val-*`, labels.parquet, dropped.parquet, val_pairs.parquet (where validation is by
+            identity), and index.json.
+        report: folder of metrics.json and index.html.
         params: section shard of params.yaml.
+        face: align.face, what every aligned face is.
 
     Raises:
-        ShardError: fewer than two identities remain.
-        TableError: the aligned table is absent or incomplete.
+        ShardError: fewer than two identities remain, or a file that params names cannot be used.
+        TableError: an aligned table is absent or incomplete.
     """
-    names = read_parts(aligned, ALIGNED, ["identity", "status"])
-    usable = names["status"].to_numpy() == "detected"
-    plan = make_plan(names["identity"].to_numpy(), usable, params)
-    inputs = [sha256_file(path) for path in parts(aligned)]
-    with resumable(out, fingerprint(params.model_dump(), inputs, code=(Path(__file__).parent,))):
-        for number, (split, chosen) in enumerate((("train", ~plan.val), ("val", plan.val))):
-            rows = shuffled(np.flatnonzero((plan.label >= 0) & chosen), params.seed + number)
-            write_shards(aligned, out, split, rows, plan.label, params.shard_rows, params.row_group_rows)
-        write_table(out / "labels.parquet", plan.labels, LABELS)
-    kept = int((plan.label >= 0).sum())
-    dropped = plan.labels["dropped"].drop_null()
-    log.info(
-        "%d faces of %d identities: %d to train, %d to validate; dropped: %d images without a face, %d identities",
-        kept,
-        len(plan.labels) - len(dropped),
-        int(plan.labels["train"].to_numpy().sum()),
-        int(plan.labels["val"].to_numpy().sum()),
-        int((~usable).sum()),
-        len(dropped),
+    known = {name: Faces.read(path, _hashes(path, params, machine)) for name, path in evaluation.items()}
+    faces = Faces.read(aligned, _hashes(aligned, params, machine))
+    dropped = clean(faces, known, params.clean)
+    reason = np.full(len(faces.status), "", object)
+    reason[dropped["row"].to_numpy()] = dropped["reason"].to_pylist()
+    plan = make_plan(np.asarray(faces.identity.to_pylist(), object), reason, params)
+
+    inputs = [tables.sha256_file(path) for path in tables.parts(aligned)]
+    files = [tables.sha256_file(Path(name)) for name in (params.clean.names, params.clean.exclude)]
+    decided = tables.fingerprint(reason.tolist())
+    key = tables.fingerprint(params.model_dump(), face.model_dump(), inputs, files, decided, code=(_CODE,))
+    with tables.resumable(out, key):
+        about = {
+            "cosface": json.dumps({"format": FORMAT, "align.face": face.model_dump(), "shard": params.model_dump()})
+        }
+        splits: dict[str, list[ShardFile]] = {}
+        order: list[NDArray[np.intp]] = []
+        for number, split in enumerate(("train", "val")):
+            start = sum(len(before) for before in order)
+            rows = shuffled(plan.rows(split), params.seed + number)
+            splits[split] = shard_files(split, len(rows), start, params.shard_rows, about | {"split": split})
+            order.append(rows)
+        shards = [file for of_split in splits.values() for file in of_split]
+        digests = write_shards(aligned, out, shards, np.concatenate(order), plan.label, params.row_group_rows, machine)
+        listed = {
+            f.name: File(name=f.name, rows=f.stop - f.start, sha256=d) for f, d in zip(shards, digests, strict=True)
+        }
+        others = {"labels": (plan.labels, tables.LABELS), "dropped": (dropped.drop(["row"]), tables.DROPPED)}
+        if params.validation.by == "identity":
+            others["val_pairs"] = draw_pairs(plan.label[order[1]], params), tables.VAL_PAIRS
+        for name, (table, schema) in others.items():
+            tables.write_table(out / f"{name}.parquet", table, schema)
+        index = Index(
+            format=FORMAT,
+            face=face,
+            row_group_rows=params.row_group_rows,
+            files={split: [listed[file.name] for file in of_split] for split, of_split in splits.items()},
+            tables={f"{name}.parquet": tables.sha256_file(out / f"{name}.parquet") for name in others},
+        )
+        with tables.atomic(out / "index.json") as path:
+            path.write_text(index.model_dump_json(indent=1) + "\n")
+    metrics = write_page(aligned, evaluation, faces, known, plan, dropped, report)
+    log.info("shards: %s", ", ".join(f"{name} {count:,}" for name, count in metrics.items() if isinstance(count, int)))
+    for name, count in metrics["dropped"].items():
+        if count:
+            log.info("left out: %s %s", f"{count:,}", name)
+
+
+def _hashes(aligned: Path, params: Shard, machine: Machine) -> NDArray[np.uint64] | None:
+    """(rows, 4) perceptual hashes of an aligned table; None where they are not asked for."""
+    if not params.clean.duplicates or params.clean.near_duplicates is None:
+        return None
+    parts = tables.parts(aligned)
+    hashed = run_all(
+        hash_part,
+        [(path.resolve(),) for path in parts],
+        machine=machine,
+        label=f"hashing {aligned.name}",
+        unit="images",
+        sizes=[tables.rows(path) for path in parts],
     )
+    return np.concatenate(hashed)

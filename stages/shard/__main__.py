@@ -1,4 +1,4 @@
-"""`python -m stages.shard`: data/aligned/train → data/shards."""
+"""`python -m stages.shard`: data/aligned/* → data/shards, reports/shard."""
 
 from pathlib import Path
 
@@ -6,10 +6,14 @@ from pipeline.entry import stage
 from pipeline.params import Params
 from stages.shard import run
 
+ALIGNED = Path("data/aligned")
+
 
 def main(params: Params) -> None:
     """Shard the aligned training set."""
-    run(Path("data/aligned/train"), Path("data/shards"), params.shard)
+    evaluation = {name: ALIGNED / name for name in ("lfw", "ytf")}
+    out, report = Path("data/shards"), Path("reports/shard")
+    run(ALIGNED / "train", evaluation, out, report, params.shard, params.align.face, params.machine)
 
 
 if __name__ == "__main__":

@@ -1,138 +1,223 @@
-"""Reading shards as an endless stream of batches that follows from (seed, iteration) alone.
+"""Reading shards: any rows of a split, from a folder or any address that fsspec knows, by whole row groups."""
 
-Nothing is remembered between iterations, so going on after an interruption needs no state but the iteration: the
-place of any batch is computed, not replayed.
-"""
-
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from functools import cached_property, lru_cache
+from pathlib import PurePosixPath
+from threading import Lock
+from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.tables import EXAMPLES, TableError
+from pipeline.params import Face
+from pipeline.tables import EXAMPLES, LABELS, VAL_PAIRS, TableError
 
-POOL_GROUPS = 16
-"""Row groups read at a time and shuffled together. The writer has shuffled all rows once already; this changes
-their company from epoch to epoch."""
+FORMAT = 1
+"""Of the shards; a reader refuses others."""
 
 
-@dataclass(frozen=True)
-class Group:
-    """A row group of a shard, the unit of reading."""
+class File(BaseModel):
+    """A shard in the index."""
 
-    path: Path
-    index: int
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
     rows: int
+    sha256: str
+
+
+class Index(BaseModel):
+    """index.json: what the shards of a folder are. Written last, so that a folder without it is not whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int
+    face: Face
+    """What align made of each face; all have this size."""
+    row_group_rows: int
+    files: dict[str, list[File]]
+    """Of the splits train and val."""
+    tables: dict[str, str]
+    """SHA-256 of the other files."""
 
 
 @dataclass(frozen=True)
-class Example:
-    """An encoded 112×112 JPEG and its label."""
+class Place:
+    """A folder on this machine or elsewhere."""
 
-    image: bytes
-    label: int
+    filesystem: Any
+    path: str
+
+    @classmethod
+    def of(cls, location: str) -> "Place":
+        """From a path or an address such as `s3://bucket/shards`."""
+        filesystem, path = fsspec.core.url_to_fs(location)
+        return cls(filesystem, path)
+
+    def open(self, name: str) -> pq.ParquetFile:
+        """A Parquet file in it: mapped into memory where it lies on this machine."""
+        path = str(PurePosixPath(self.path) / name)
+        try:
+            if isinstance(self.filesystem, LocalFileSystem):
+                return pq.ParquetFile(path, memory_map=True)
+            return pq.ParquetFile(self.filesystem.open(path, "rb"), pre_buffer=True)
+        except FileNotFoundError as error:
+            raise TableError(f"{path}: no such file, though index.json beside it lists it") from error
+        except pa.ArrowInvalid as error:
+            raise TableError(f"{path}: not a readable Parquet file: {error}") from error
+
+    def table(self, name: str, schema: pa.Schema) -> pa.Table:
+        """The whole of a small table in it."""
+        with self.open(name) as file:
+            if not file.schema_arrow.equals(schema):
+                raise TableError(f"{self.path}/{name}: has columns {file.schema_arrow.names}, expected {schema.names}")
+            return file.read()
 
 
-def open_shards(folder: Path, split: str) -> list[Group]:
-    """All row groups of a split, in order; an empty list where the split has no shards.
-
-    Raises:
-        TableError: a shard is missing or of another schema.
-    """
-    paths = sorted(folder.glob(f"{split}-*-of-*.parquet"))
-    groups = []
-    for index, path in enumerate(paths):
-        if path.name != f"{split}-{index:05d}-of-{len(paths):05d}.parquet":
-            raise TableError(f"{path}: expected {split}-{index:05d}-of-{len(paths):05d}.parquet; a shard is missing")
-        with pq.ParquetFile(path) as file:
-            if not file.schema_arrow.equals(EXAMPLES):
-                raise TableError(f"{path}: has columns {file.schema_arrow.names}, expected {EXAMPLES.names}")
-            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        groups += [Group(path, i, rows) for i, rows in enumerate(sizes)]
-    return groups
-
-
-def batches_per_epoch(groups: list[Group], batch: int) -> int:
-    """Whole batches in an epoch; the rows left over differ from epoch to epoch."""
-    return sum(group.rows for group in groups) // batch
-
-
-def read_batches(groups: list[Group], batch: int, seed: int, start: int = 0) -> Iterator[list[Example]]:
-    """Endless batches from iteration `start` on; every epoch in an order of its own.
-
-    In an epoch each row comes at most once. The batches from `start` on are those that a reader from 0 would give.
-
-    Args:
-        groups: of one split, from `open_shards`.
-        batch: examples in a batch.
-        seed: of the order.
-        start: the first iteration wanted, from 0.
+def read_index(location: str) -> tuple[Place, Index]:
+    """Where shards are, and what they are.
 
     Raises:
-        TableError: the split has fewer rows than a batch.
+        TableError: there is no index.json, or one of another format.
     """
-    steps = batches_per_epoch(groups, batch)
-    if not steps:
-        rows = sum(group.rows for group in groups)
-        raise TableError(
-            f"the split has {rows} examples, fewer than a batch of {batch}: lower train.batch or add images"
-        )
-    epoch, offset = divmod(start, steps)
-    while True:
-        waiting: list[Example] = []
-        given = offset
-        for example in _epoch(groups, np.random.default_rng([seed, epoch]), offset * batch):
-            waiting.append(example)
-            if len(waiting) == batch:
-                yield waiting
-                waiting = []
-                given += 1
-                if given == steps:
-                    break
-        epoch, offset = epoch + 1, 0
+    place = Place.of(location)
+    path = str(PurePosixPath(place.path) / "index.json")
+    try:
+        with place.filesystem.open(path, "rb") as file:
+            index = Index.model_validate_json(file.read())
+    except FileNotFoundError as error:
+        raise TableError(f"{path}: no such file; `dvc repro shard` makes it") from error
+    except ValidationError as error:
+        raise TableError(f"{path}: not the index of shards: {error}") from error
+    if index.format != FORMAT:
+        raise TableError(f"{path}: format {index.format}, but this code reads {FORMAT}: `dvc repro shard` writes anew")
+    return place, index
 
 
-def read_in_order(groups: list[Group], batch: int) -> Iterator[list[Example]]:
-    """Every row once, in the order of the files, the last batch possibly smaller: for validation."""
-    waiting: list[Example] = []
-    for group in groups:
-        waiting += _examples([group])
-        while len(waiting) >= batch:
-            yield waiting[:batch]
-            waiting = waiting[batch:]
-    if waiting:
-        yield waiting
+class Shards:
+    """The shards of a folder or an address."""
+
+    def __init__(self, location: str) -> None:
+        """Open them; only the index is read.
+
+        Raises:
+            TableError: it is not there or of another format.
+        """
+        self.place, self.index = read_index(location)
+
+    def identities(self) -> pa.Table:
+        """Schema tables.LABELS."""
+        return self.place.table("labels.parquet", LABELS)
+
+    def val_pairs(self) -> pa.Table | None:
+        """Schema tables.VAL_PAIRS; None where validation is by image."""
+        return self.place.table("val_pairs.parquet", VAL_PAIRS) if "val_pairs.parquet" in self.index.tables else None
+
+    def split(self, name: str) -> "Split":
+        """The examples of `train` or `val`."""
+        return Split(self.place, self.index.files[name], self.index.row_group_rows)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each file, as the index has them."""
+        return self.index.tables | {file.name: file.sha256 for files in self.index.files.values() for file in files}
 
 
-def _epoch(groups: list[Group], rng: np.random.Generator, skip: int) -> Iterator[Example]:
-    """One epoch's rows after the first `skip`, reading no row group that lies wholly before them."""
-    order = [groups[i] for i in rng.permutation(len(groups))]
-    for first in range(0, len(order), POOL_GROUPS):
-        pool = order[first : first + POOL_GROUPS]
-        rows = sum(group.rows for group in pool)
-        permutation = rng.permutation(rows)
-        if skip >= rows:
-            skip -= rows
-            continue
-        examples = _examples(pool)
-        for i in permutation[skip:]:
-            yield examples[i]
-        skip = 0
+class Split:
+    """The examples of a split, numbered in the order of the files, read by row groups."""
+
+    def __init__(self, place: Place, files: Sequence[File], row_group_rows: int) -> None:
+        self._place = place
+        self.hashes = {file.name: file.sha256 for file in files}
+        """SHA-256 of each file, as the index has them."""
+        self._groups: list[tuple[str, int]] = []
+        sizes = []
+        for file in files:
+            for index, start in enumerate(range(0, file.rows, row_group_rows)):
+                self._groups.append((file.name, index))
+                sizes.append(min(row_group_rows, file.rows - start))
+        self.starts: NDArray[np.int64] = np.cumsum([0, *sizes], dtype=np.int64)
+        """(groups + 1,): the first row of each group, and the number of all."""
+        self._open = lru_cache(maxsize=64)(place.open)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def groups(self) -> int:
+        """How many row groups there are."""
+        return len(self._groups)
+
+    def read(self, group: int) -> pa.Table:
+        """The rows of a group, schema tables.EXAMPLES.
+
+        Raises:
+            TableError: the file is not there, not readable, or not what the index says.
+        """
+        name, index = self._groups[group]
+        file = self._open(name)
+        if not file.schema_arrow.equals(EXAMPLES):
+            raise TableError(f"{self._place.path}/{name}: has columns {file.schema_arrow.names}, not {EXAMPLES.names}")
+        expected = int(self.starts[group + 1] - self.starts[group])
+        if index >= file.num_row_groups or file.metadata.row_group(index).num_rows != expected:
+            raise TableError(f"{self._place.path}/{name}: row group {index} has not the {expected} rows it should have")
+        return file.read_row_group(index)
+
+    def name(self, row: int) -> str:
+        """Where a row is, for a person: `train-00003-of-00121.parquet, row 17`."""
+        group = int(np.searchsorted(self.starts, row, side="right")) - 1
+        file, index = self._groups[group]
+        return f"{self._place.path}/{file}, row {row - int(self.starts[group - index])}"
+
+    @cached_property
+    def labels(self) -> NDArray[np.int32]:
+        """(rows,), read without the images."""
+        names = dict.fromkeys(name for name, _ in self._groups)
+        columns = [self._open(name).read(columns=["label"])["label"].to_numpy() for name in names]
+        return np.concatenate(columns) if columns else np.empty(0, np.int32)
 
 
-def _examples(groups: list[Group]) -> list[Example]:
-    tables = [_open(group.path).read_row_group(group.index) for group in groups]
-    table = pa.concat_tables(tables)
-    return [
-        Example(image, label)
-        for image, label in zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True)
-    ]
+class Rows:
+    """Any rows of a split, with the row groups read lately or expected soon at hand. Threads may share it."""
 
+    def __init__(self, split: Split, groups: int) -> None:
+        """At most so many groups are held, more only while one call needs them."""
+        self._split, self._most = split, groups
+        self._loads: OrderedDict[int, Future[pa.Table]] = OrderedDict()
+        self._lock = Lock()
+        self._reader = ThreadPoolExecutor(1, "reader")
 
-@lru_cache(maxsize=64)
-def _open(path: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(path, memory_map=True)
+    def expect(self, groups: Iterable[int]) -> dict[int, Future[pa.Table]]:
+        """Begin to read row groups that will be wanted, those at hand excepted."""
+        with self._lock:
+            loads = {}
+            for group in groups:
+                if group not in self._loads:
+                    self._loads[group] = self._reader.submit(self._split.read, group)
+                self._loads.move_to_end(group)
+                loads[group] = self._loads[group]
+            while len(self._loads) > max(len(loads), self._most):
+                self._loads.popitem(last=False)
+            return loads
+
+    def read(self, rows: NDArray[np.int64]) -> tuple[list[bytes], NDArray[np.int32]]:
+        """The encoded images and the labels of some rows."""
+        group_of = np.searchsorted(self._split.starts, rows, side="right") - 1
+        loads = self.expect(np.unique(group_of).tolist())
+        tables = {group: load.result() for group, load in loads.items()}
+        images: list[bytes] = []
+        labels = np.empty(len(rows), np.int32)
+        places = zip((rows - self._split.starts[group_of]).tolist(), group_of.tolist(), strict=True)
+        columns = {g: (t["image"].chunk(0), t["label"].chunk(0)) for g, t in tables.items()}
+        for i, (row, group) in enumerate(places):
+            image, label = columns[group]
+            images.append(image[row].as_py())
+            labels[i] = label[row].as_py()
+        return images, labels

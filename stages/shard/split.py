@@ -1,93 +1,146 @@
 """From identities to labels, and from images to train or validation: decided on names, before any image is read."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from pipeline.errors import InputError
-from pipeline.params import Shard
-from pipeline.tables import LABELS
-
-
-class ShardError(InputError):
-    """The aligned faces cannot be made into a training set; the message says why."""
+from pipeline.params import Shard, Validation
+from pipeline.tables import LABELS, VAL_PAIRS
+from stages.shard.clean import REASONS, WITHOUT_FACE, ShardError
 
 
 @dataclass(frozen=True)
 class Plan:
     """Where every row of the aligned table goes."""
 
-    label: np.ndarray
-    """Rows int32: the label, −1 for rows that are dropped."""
-    val: np.ndarray
-    """Rows bool: in the validation split."""
+    label: NDArray[np.int32]
+    """Rows: the label, −1 for rows that are left out."""
+    val: NDArray[np.bool_]
+    """Rows: in the validation split."""
     labels: pa.Table
     """One row an identity, schema tables.LABELS."""
 
+    def rows(self, split: str) -> NDArray[np.intp]:
+        """The rows of `train` or `val`, ascending."""
+        return np.flatnonzero((self.label >= 0) & (self.val == (split == "val")))
 
-def make_plan(identities: np.ndarray, usable: np.ndarray, params: Shard) -> Plan:
-    """Label identities in the order of their names, and split the images of each by seed.
 
-    An identity with n faces gives ⌊n · val_fraction⌋ of them to validation, never all, chosen at random by seed.
+def make_plan(identities: NDArray[np.object_], reason: NDArray[np.object_], params: Shard) -> Plan:
+    """Label identities in the order of their names, and choose what is kept back for validation by seed.
+
+    By image, an identity with n images gives ⌊n · share⌋ of them, never all. By identity, ⌊identities · share⌋ of them
+    are kept back whole; their labels follow those of the others.
 
     Args:
         identities: rows of str: the identity of each aligned row.
-        usable: rows of bool: whether the row has a detected face.
-        params: min_images, val_fraction and seed.
+        reason: rows: why it is left out (one of clean.REASONS), empty for one that is left in.
+        params: validation and seed.
 
     Raises:
-        ShardError: fewer than two identities remain.
+        ShardError: fewer than two identities are left to train on.
     """
     names, code = np.unique(identities, return_inverse=True)
-    counts = np.bincount(code[usable], minlength=len(names))
-    kept = counts >= params.min_images
-    if kept.sum() < 2:
-        raise ShardError(
-            f"{kept.sum()} of {len(names)} identities have at least shard.min_images = {params.min_images} faces; "
-            "training needs at least 2"
-        )
+    kept, faces = np.asarray(reason == "", bool), ~np.isin(reason, WITHOUT_FACE)
+    counts = np.bincount(code[kept], minlength=len(names))
+    strangers = np.zeros(len(names), bool)
+    if params.validation.by == "identity":
+        strangers[_chosen(np.flatnonzero(counts), params)] = True
+    trained = (counts > 0) & ~strangers
+    if trained.sum() < 2:
+        raise ShardError(f"{trained.sum()} of {len(names)} identities are left to train on; it needs at least 2")
     label_of = np.full(len(names), -1, np.int32)
-    label_of[kept] = np.arange(kept.sum(), dtype=np.int32)
-    label = np.where(usable, label_of[code], -1).astype(np.int32)
+    label_of[trained] = np.arange(trained.sum())
+    label_of[strangers] = trained.sum() + np.arange(strangers.sum())
+    label = np.where(kept, label_of[code], -1).astype(np.int32)
+    val = kept & strangers[code] if params.validation.by == "identity" else _some_of_each(label, params)
 
-    # Random ranks within each identity; the first ⌊n · fraction⌋ are validation.
+    val_of = np.bincount(code[val], minlength=len(names)).astype(np.int32)
+    columns = {
+        "label": pa.array(label_of, mask=label_of < 0),
+        "identity": names.astype(str),
+        "images": np.bincount(code[faces], minlength=len(names)).astype(np.int32),
+        "train": (counts - val_of).astype(np.int32),
+        "val": val_of,
+        "dropped": pa.array([None if n else _most(reason[code == i]) for i, n in enumerate(counts)], pa.string()),
+    }
+    return Plan(label, val, pa.table(columns, schema=LABELS))
+
+
+def _most(reasons: NDArray[np.object_]) -> str:
+    """Why an identity has nothing left: what holds for most of its images."""
+    (reason, _), *_ = Counter(reasons.tolist()).most_common(1)
+    return REASONS[reason]
+
+
+def _chosen(identities: NDArray[np.intp], params: Shard) -> NDArray[np.intp]:
+    count = _share(len(identities), params.validation)
+    return np.random.default_rng([params.seed, 2]).permutation(identities)[:count]
+
+
+def _share(count: int, validation: Validation) -> int:
+    # 1e-9: 0.3 of 10 is 3, though the nearest floats multiply to just below it
+    return int(count * validation.share + 1e-9)
+
+
+def _some_of_each(label: NDArray[np.int32], params: Shard) -> NDArray[np.bool_]:
+    """Random ranks within each identity; the first ⌊n · share⌋ are validation."""
     rows = np.flatnonzero(label >= 0)
     rows = rows[np.random.default_rng([params.seed, 0]).permutation(len(rows))]
     rows = rows[np.argsort(label[rows], kind="stable")]
-    kept_counts = counts[kept]
-    starts = np.cumsum(kept_counts) - kept_counts
-    rank = np.arange(len(rows)) - np.repeat(starts, kept_counts)
-    # 1e-9: 0.3 of 10 is 3, though the nearest floats multiply to just below it
-    take = np.minimum(np.floor(kept_counts * params.val_fraction + 1e-9).astype(int), kept_counts - 1)
+    counts = np.bincount(label[rows])
+    rank = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    take = np.asarray([min(_share(n, params.validation), n - 1) for n in counts.tolist()])
     val = np.zeros(len(label), bool)
-    val[rows] = rank < np.repeat(take, kept_counts)
-
-    val_of = np.zeros(len(names), np.int32)
-    val_of[kept] = take
-    return Plan(
-        label,
-        val,
-        pa.table(
-            {
-                "label": pa.array(label_of, mask=~kept),
-                "identity": names.astype(str),
-                "images": counts.astype(np.int32),
-                "train": np.where(kept, counts - val_of, 0).astype(np.int32),
-                "val": val_of,
-                "dropped": pa.array(
-                    [
-                        None if keep else f"{n} faces, fewer than {params.min_images}"
-                        for keep, n in zip(kept, counts, strict=True)
-                    ],
-                    pa.string(),
-                ),
-            },
-            schema=LABELS,
-        ),
-    )
+    val[rows] = rank < np.repeat(take, counts)
+    return val
 
 
-def shuffled(rows: np.ndarray, seed: int) -> np.ndarray:
+def shuffled(rows: NDArray[np.intp], seed: int) -> NDArray[np.intp]:
     """The one global shuffle: `rows` in an order that follows from the seed alone."""
     return rows[np.random.default_rng([seed, 1]).permutation(len(rows))]
+
+
+def draw_pairs(labels: NDArray[np.int32], params: Shard) -> pa.Table:
+    """Verification pairs of validation rows, half of the same person, each pair at most once.
+
+    Pairs of the same person are drawn person by person, so that no one with many images decides.
+
+    Args:
+        labels: of the validation rows, in the order of their shards.
+
+    Returns:
+        Schema tables.VAL_PAIRS: those of the same person first.
+
+    Raises:
+        ShardError: there are not so many pairs.
+    """
+    rng = np.random.default_rng([params.seed, 3])
+    half = params.validation.pairs // 2
+    order = np.argsort(labels, kind="stable")
+    people = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    several = [rows for rows in people if len(rows) > 1]
+    possible = sum(len(rows) * (len(rows) - 1) // 2 for rows in several)
+    apart = len(labels) * (len(labels) - 1) // 2 - possible
+    if possible < half or apart < half:
+        raise ShardError(
+            f"shard.validation.pairs: {params.validation.pairs} need {half} pairs of the same and {half} of different "
+            f"people; the {len(labels)} validation images of {len(people)} people have {possible} and {apart}: lower "
+            "it, or raise shard.validation.share"
+        )
+    same: set[tuple[int, int]] = set()
+    while len(same) < half:
+        for person in rng.permutation(len(several)).tolist():
+            a, b = sorted(rng.choice(several[person], 2, replace=False).tolist())
+            if len(same) < half:
+                same.add((a, b))
+    different: set[tuple[int, int]] = set()
+    while len(different) < half:
+        a, b = sorted(rng.integers(len(labels), size=2).tolist())
+        if labels[a] != labels[b]:
+            different.add((a, b))
+    pairs = np.array(sorted(same) + sorted(different), np.int32)
+    truth = np.arange(len(pairs)) < half
+    return pa.table({"left": pairs[:, 0], "right": pairs[:, 1], "same": truth}, schema=VAL_PAIRS)

@@ -2,31 +2,37 @@
 
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
+
+import numpy as np
 
 from pipeline.executor import choose_device
 from pipeline.params import Params
-from pipeline.tables import LABELS, atomic, fingerprint, read_table, sha256_file
+from pipeline.tables import atomic, fingerprint
 from pipeline.tracking import model_digest, training_run
-from stages.shard.reader import open_shards
+from stages.shard.reader import Shards
 from stages.train.checkpoint import Checkpoints
 from stages.train.heads import scale_lower_bound
-from stages.train.loop import Row, Training, begin, history_csv, train
+from stages.train.loader import Loader
+from stages.train.loop import Row, Speed, Training, begin, history_csv, train
 from stages.train.model import input_contract, save_model
+from stages.train.sheet import write_sheet
+from stages.train.validation import ByIdentity, ByImage
 
 log = logging.getLogger(__name__)
 
 CODE = (Path(__file__).parent, Path(__file__).parents[1] / "shard")
 
 
-def run(shards: Path, models: Path, checkpoints_root: Path, params: Params) -> None:
-    """Train on `shards` and leave the model, its metrics and its history in `models`.
+def run(models: Path, checkpoints_root: Path, params: Params) -> None:
+    """Train on the shards of `train.data` and leave the model, its metrics and its history in `models`.
 
     An interrupted training goes on from its last checkpoint and ends, on a CPU, in the same bits as one that was
-    never interrupted. Writes backbone.safetensors, head.safetensors, model.json, train.json and history.csv.
+    never interrupted. Writes backbone.safetensors, head.safetensors, model.json, train.json, history.csv, and
+    faces.png: faces as the network sees them.
 
     Args:
-        shards: folder of train-*, val-* and labels.parquet.
         models: folder of the model.
         checkpoints_root: folder for checkpoints; emptied of this training's when it ends well.
         params: all of params.yaml: section train decides, the others are recorded.
@@ -36,50 +42,55 @@ def run(shards: Path, models: Path, checkpoints_root: Path, params: Params) -> N
         TrainingError: the loss is no longer finite.
     """
     device = choose_device(params.machine.device)
-    labels = read_table(shards / "labels.parquet", LABELS)
-    classes = labels["label"].drop_null()
-    groups, val_groups = open_shards(shards, "train"), open_shards(shards, "val")
-    data = {path.name: sha256_file(path) for path in sorted(shards.glob("*.parquet"))}
-    key = fingerprint(params.train.model_dump(), data, code=CODE)
-    _warn_of_bounds(len(classes), params)
+    shards = Shards(params.train.data)
+    classes = int(np.count_nonzero(shards.identities()["train"].to_numpy()))
+    data = shards.hashes()
+    key = fingerprint(params.train.model_dump(exclude={"data"}), data, code=CODE)
+    _warn_of_bounds(classes, params)
 
     checkpoints = Checkpoints(checkpoints_root, key)
-    training = begin(params.train, len(classes), device)
+    training = begin(params.train, classes, device)
     found = checkpoints.newest()
     done = 0
     if found:
         done, state = found
         training.restore(state)
-    images = sum(group.rows for group in groups)
+    split, face = shards.split("train"), shards.index.face
+    loader = Loader(split, face, params.train, device, cache=params.machine.cache)
+    loader.load_state_dict({"iteration": done})
+    validation = (ByImage if shards.val_pairs() is None else ByIdentity)(shards, params.train)
     log.info(
         "training %s by cosface (s = %g, m = %g) on %d images of %d identities, on %s",
         params.train.backbone.name,
         params.train.head.scale,
         params.train.head.margin,
-        images,
-        len(classes),
+        len(split),
+        classes,
         device,
     )
     with training_run(params, lineage={"data.shards": fingerprint(data)}, resume_id=training.run_id) as tracked:
         training.run_id = tracked.id
 
-        def on_row(row: Row, images_per_second: float) -> None:
-            values = {"loss": row.loss, "accuracy": row.accuracy, "learning_rate": row.learning_rate}
-            if row.val_accuracy is not None:
-                values["val_accuracy"] = row.val_accuracy
-            tracked.log_metrics(
-                {f"train/{name}": value for name, value in values.items()}
-                | {"train/images_per_second": images_per_second},
-                step=row.iteration,
-            )
+        def on_row(row: Row, speed: Speed) -> None:
+            values = asdict(row) | asdict(speed)
+            step = values.pop("iteration")
+            tracked.log_metrics({f"train/{name}": v for name, v in values.items() if v is not None}, step=step)
 
-        train(params.train, groups, val_groups, training, done, device, checkpoints, on_row)
-        _write(models, training, params, data, images, len(classes))
+        train(params.train, loader, validation, training, done, device, checkpoints, on_row)
+        _write(models, training, params, data, len(split), classes)
+        write_sheet(models / "faces.png", split, face, params.train)
+        tracked.log_figure(models / "faces.png", "faces.png")
         tracked.set_tag("model.sha256", model_digest(models))
         tracked.log_model(models)
     checkpoints.clear()
     last = training.history[-1]
-    log.info("trained: loss %.3f, accuracy %.3f; validation accuracy %s", last.loss, last.accuracy, last.val_accuracy)
+    log.info(
+        "trained: loss %.3f, accuracy %.3f; validation: accuracy %s, AUC %s",
+        last.loss,
+        last.accuracy,
+        last.val_accuracy,
+        last.val_auc,
+    )
 
 
 def _write(models: Path, training: Training, params: Params, data: dict[str, str], images: int, classes: int) -> None:
@@ -99,6 +110,7 @@ def _write(models: Path, training: Training, params: Params, data: dict[str, str
         "loss": round(last.loss, 6),
         "accuracy": round(last.accuracy, 6),
         "val_accuracy": None if last.val_accuracy is None else round(last.val_accuracy, 6),
+        "val_auc": None if last.val_auc is None else round(last.val_auc, 6),
         "images": images,
         "identities": classes,
     }

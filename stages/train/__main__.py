@@ -1,4 +1,4 @@
-"""`python -m stages.train`: data/shards → models."""
+"""`python -m stages.train`: the shards of train.data → models."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from stages.train import run
 
 def main(params: Params) -> None:
     """Train by params.yaml."""
-    run(Path("data/shards"), Path("models"), Path("checkpoints"), params)
+    run(Path("models"), Path("checkpoints"), params)
 
 
 if __name__ == "__main__":

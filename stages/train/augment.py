@@ -1,31 +1,120 @@
-"""What happens to a training image before the network sees it, by albumentations."""
+"""What happens to a training image before the network sees it.
+
+All of it follows from (seed, epoch, row) alone, whoever does it and when. A flip (the paper's only augmentation) and a
+shift are done here, to whole batches, on the CPU or on a GPU alike; the rest by albumentations, image by image:
+
+crop            a part of 60 to 100 % of the area, at most a tenth wider or narrower than it is, enlarged again
+low_resolution  reduced to 15 to 60 % of its side and enlarged again
+colour          brightness, contrast and saturation by up to 30 %, hue by up to 2 %
+blur            Gaussian, of sigma 0.5 to 2 pixels
+jpeg            at a quality of 20 to 90
+"""
 
 import os
+from dataclasses import dataclass
 
+import cv2
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.params import Augment
+from stages.train.faces import HEIGHT
+from stages.train.sampling import uniforms
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks a server for its newest version otherwise
 
 import albumentations as A
 
 
-class Augmenter:
-    """The augmentation of `train.augment`, deterministic by the seed of a batch. One for each thread."""
+@dataclass(frozen=True)
+class Draws:
+    """What befalls each of n images."""
 
-    def __init__(self, params: Augment) -> None:
-        self._transform = A.Compose([A.HorizontalFlip(p=params.horizontal_flip)])
+    flip: NDArray[np.bool_]
+    """(n,)"""
+    top: NDArray[np.int64]
+    left: NDArray[np.int64]
+    """(n,) corner of what the network sees in the aligned face, pixels."""
+    seed: NDArray[np.int64]
+    """(n,) for albumentations."""
 
-    def __call__(self, images: list[np.ndarray], seed: int) -> np.ndarray:
-        """Augment a batch.
 
-        Args:
-            images: each 112×112×3 uint8 RGB.
-            seed: of this batch; the same images and seed give the same pixels.
+def draw(
+    params: Augment,
+    seed: int,
+    epochs: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    size: tuple[int, int],
+    width: int,
+) -> Draws:
+    """The draws of some examples, of faces of `size` (height, width) for a network that sees 112×width of them."""
+    u = uniforms(seed, epochs, rows, 4)
+    steps = 2 * params.shift + 1
+    top, left = (np.floor(u[:, i] * steps).astype(np.int64) - params.shift for i in (1, 2))
+    return Draws(
+        flip=u[:, 0] < params.horizontal_flip,
+        top=top + (size[0] - HEIGHT) // 2,
+        left=left + (size[1] - width) // 2,
+        seed=np.floor(u[:, 3] * 2**32).astype(np.int64),
+    )
 
-        Returns:
-            N×112×112×3 uint8, contiguous.
-        """
-        self._transform.set_random_seed(seed)
-        return np.stack([self._transform(image=image)["image"] for image in images])
+
+class ImageAugmenter:
+    """Crop, low resolution, colour, blur and JPEG, by albumentations. One for each thread."""
+
+    def __init__(self, params: Augment, width: int) -> None:
+        """For images of 112×width pixels."""
+        resize = cv2.INTER_AREA, cv2.INTER_LINEAR
+        self._transform = A.Compose(
+            [
+                A.RandomResizedCrop((HEIGHT, width), scale=(0.6, 1), ratio=_ratio(width), p=params.crop),
+                A.Downscale(
+                    (0.15, 0.6), dict(zip(("downscale", "upscale"), resize, strict=True)), p=params.low_resolution
+                ),
+                A.ColorJitter(
+                    brightness=(0.7, 1.3),
+                    contrast=(0.7, 1.3),
+                    saturation=(0.7, 1.3),
+                    hue=(-0.02, 0.02),
+                    p=params.colour,
+                ),
+                A.GaussianBlur(blur_limit=0, sigma_limit=(0.5, 2), p=params.blur),
+                A.ImageCompression(quality_range=(20, 90), p=params.jpeg),
+            ]
+        )
+
+    def __call__(self, images: NDArray[np.uint8], seeds: NDArray[np.int64]) -> None:
+        """Change images (n, 112, width, 3) uint8 RGB in place; the same images and seeds give the same pixels."""
+        for image, seed in zip(images, seeds.tolist(), strict=True):
+            self._transform.set_random_seed(seed)
+            image[:] = self._transform(image=image)["image"]
+
+
+def _ratio(width: int) -> tuple[float, float]:
+    return 0.9 * width / HEIGHT, 1.1 * width / HEIGHT
+
+
+def crop_and_flip(faces: NDArray[np.uint8], draws: Draws, out: NDArray[np.uint8]) -> None:
+    """What the network sees of faces (n, H, W, 3), into `out` (n, 112, width, 3). Both may be the same array."""
+    height, width = out.shape[1:3]
+    for face, target, flip, top, left in zip(
+        faces, out, draws.flip.tolist(), draws.top.tolist(), draws.left.tolist(), strict=True
+    ):
+        seen = face[top : top + height, left : left + width]
+        if flip:
+            target[:] = cv2.flip(seen, 1)
+        elif faces is not out:
+            target[:] = seen
+
+
+def crop_and_flip_on_device(faces: Tensor, draws: Draws, width: int) -> Tensor:
+    """The same of a tensor, on the device where it lies; pixel by pixel what crop_and_flip gives."""
+    n, device = len(faces), faces.device
+    top, left, flip = (torch.from_numpy(x).to(device, non_blocking=True) for x in (draws.top, draws.left, draws.flip))
+    down, across = torch.arange(HEIGHT, device=device), torch.arange(width, device=device)
+    across = torch.where(flip[:, None], across.flip(0), across)
+    rows = (top[:, None] + down)[:, :, None]
+    columns = (left[:, None] + across)[:, None, :]
+    return faces[torch.arange(n, device=device)[:, None, None], rows, columns]

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pipeline.params import Train
 from pipeline.progress import bar
-from stages.shard.reader import Group
 from stages.train.checkpoint import Checkpoints
 from stages.train.heads import CosFace
-from stages.train.loader import training_batches, validation_batches
+from stages.train.loader import Loader
 from stages.train.model import FaceModel, build_model
 from stages.train.schedule import learning_rate
 
@@ -39,7 +38,27 @@ class Row:
     """Un-margined: share of examples nearest to their own class centre."""
     learning_rate: float
     val_accuracy: float | None
-    """At checkpoints and at the end; null in between, and where there is no validation split."""
+    """Where validation is by image: share of its images nearest to their own class centre. At checkpoints and at the
+    end; null in between."""
+    val_auc: float | None
+    """Where validation is by identity: area under the ROC of its verification pairs, likewise."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of the iterations since the row before."""
+
+    images_per_second: float
+    data_wait: float
+    """Share of the time in which training waited for a batch."""
+
+
+class Validation(Protocol):
+    """Measures a model on what training does not see; see validation.py."""
+
+    def __call__(self, training: "Training", device: torch.device) -> dict[str, float]:
+        """Fields of Row by name; empty where there is nothing to measure on."""
+        ...
 
 
 @dataclass
@@ -98,36 +117,33 @@ def begin(params: Train, classes: int, device: torch.device) -> Training:
 
 def train(
     params: Train,
-    groups: list[Group],
-    val_groups: list[Group],
+    loader: Loader,
+    validation: Validation,
     training: Training,
     done: int,
     device: torch.device,
     checkpoints: Checkpoints,
-    on_row: Callable[[Row, float], None],
+    on_row: Callable[[Row, Speed], None],
 ) -> None:
     """Train from iteration `done` to the end of the schedule.
 
     Args:
         params: section train of params.yaml.
-        groups: row groups of the training split.
-        val_groups: row groups of the validation split; may be empty.
+        loader: of the training split, at iteration `done`.
+        validation: what to measure at checkpoints.
         training: fresh, or restored from a checkpoint.
         done: iterations it has behind it.
         device: where it lies.
         checkpoints: where to save every `params.checkpoint_every` iterations.
-        on_row: called with each new row and the images/s since the last one.
+        on_row: called with each new row and the speed since the last one.
 
     Raises:
         TrainingError: the loss is no longer finite.
-        TableError: fewer examples than a batch.
     """
     total = params.schedule.iterations
-    batches = training_batches(
-        groups, params.batch, params.seed, params.augment, params.backbone.width, device, start=done
-    )
+    batches = iter(loader)
     training.model.train()
-    started, since = time.perf_counter(), done
+    started, since, waited = time.perf_counter(), done, loader.waited
     with bar(total=total, initial=done, label="training", unit="iterations") as shown:
         for iteration in range(done, total):
             batch = next(batches)
@@ -135,12 +151,12 @@ def train(
             finished = iteration + 1
             saving = finished % params.checkpoint_every == 0 or finished == total
             if saving or finished % params.log_every == 0:
-                row = close_row(
-                    training, params, finished, validate(training, val_groups, params, device) if saving else None
-                )
-                on_row(row, (finished - since) * params.batch / (time.perf_counter() - started))
+                seconds = time.perf_counter() - started
+                measured = validation(training, device) if saving else {}
+                row = close_row(training, params, finished, measured)
+                on_row(row, Speed((finished - since) * params.batch / seconds, (loader.waited - waited) / seconds))
                 shown.set_postfix(loss=f"{row.loss:.3f}", accuracy=f"{row.accuracy:.3f}", refresh=False)
-                started, since = time.perf_counter(), finished
+                started, since, waited = time.perf_counter(), finished, loader.waited
             if saving:
                 checkpoints.save(finished, training.state())
             shown.update()
@@ -164,8 +180,8 @@ def step(training: Training, params: Train, iteration: int, images: Tensor, labe
     training.sums += torch.stack([loss.detach().double() * count, (predicted == labels).sum().double(), count])
 
 
-def close_row(training: Training, params: Train, finished: int, val_accuracy: float | None) -> Row:
-    """Turn the sums since the last row into a row of the history.
+def close_row(training: Training, params: Train, finished: int, measured: dict[str, float]) -> Row:
+    """Turn the sums since the last row, and what validation has measured, into a row of the history.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -178,23 +194,9 @@ def close_row(training: Training, params: Train, finished: int, val_accuracy: fl
             f"the loss is {loss / count} at iteration {finished}, learning rate {rate:g}: lower "
             "train.optimizer.learning_rate, lengthen train.schedule.warmup, or set train.optimizer.clip_norm"
         )
-    row = Row(finished, loss / count, correct / count, rate, val_accuracy)
+    row = Row(finished, loss / count, correct / count, rate, measured.get("val_accuracy"), measured.get("val_auc"))
     training.history.append(row)
     return row
-
-
-@torch.inference_mode()
-def validate(training: Training, groups: list[Group], params: Train, device: torch.device) -> float | None:
-    """Un-margined accuracy on the validation split; None where there is none."""
-    if not groups:
-        return None
-    training.model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    for batch in validation_batches(groups, params.batch, params.backbone.width, device):
-        _, predicted = training.head(training.model(batch.images), batch.labels)
-        correct += (predicted == batch.labels).sum()
-    training.model.train()
-    return correct.item() / sum(group.rows for group in groups)
 
 
 def history_csv(history: list[Row]) -> str:

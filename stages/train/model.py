@@ -8,10 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_model as load_tensors
 from safetensors.torch import save_file
@@ -21,9 +18,7 @@ from pipeline.errors import InputError
 from pipeline.params import Backbone
 from pipeline.tables import atomic
 from stages.train.backbones import build_backbone
-
-HEIGHT = 112
-"""Of an aligned face, pixels."""
+from stages.train.faces import HEIGHT
 
 
 def input_contract(width: int) -> dict[str, Any]:
@@ -38,28 +33,6 @@ def input_contract(width: int) -> dict[str, Any]:
 
 class ModelError(InputError):
     """A model folder that cannot be used; the message names the file."""
-
-
-class FaceError(InputError):
-    """An aligned face that the network cannot take."""
-
-
-def decode_face(jpeg: bytes, width: int) -> NDArray[np.uint8]:
-    """An aligned face as a network sees it, 112×width×3 uint8 RGB: its middle, where alignment kept more.
-
-    Raises:
-        FaceError: the bytes are no image, or one that is too small.
-    """
-    pixels = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if pixels is None:
-        raise FaceError(f"{len(jpeg)} bytes that are no image stand for an aligned face")
-    top, left = (pixels.shape[0] - HEIGHT) // 2, (pixels.shape[1] - width) // 2
-    if min(top, left) < 0:
-        raise FaceError(
-            f"an aligned face of {pixels.shape[0]}×{pixels.shape[1]} pixels is too small for a network of "
-            f"{HEIGHT}×{width}: train.backbone.width must not be more than align.face.width"
-        )
-    return pixels[top : top + HEIGHT, left : left + width].astype(np.uint8, copy=False)
 
 
 class FaceModel(nn.Module):

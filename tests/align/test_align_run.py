@@ -52,7 +52,7 @@ NO_FACE = np.full((120, 160, 3), 90, np.uint8)
 
 
 def machine(workers: int) -> Machine:
-    return Machine(executor="local", workers=workers, threads=1, memory=1.0, device="cpu")
+    return Machine(executor="local", workers=workers, threads=1, memory=1.0, device="cpu", cache="none")
 
 
 def encoded(pixels: NDArray[np.uint8], file_format: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:

@@ -19,7 +19,7 @@ from pipeline.params import Archive, Local, Machine, Synthetic
 from stages.download import SourceError, run, synthetic
 
 ROOT = Path(__file__).parents[2]
-MACHINE = Machine(executor="local", workers=1, threads=1, memory=1.0, device="cpu")
+MACHINE = Machine(executor="local", workers=1, threads=1, memory=1.0, device="cpu", cache="none")
 RNG = np.random.default_rng(1)
 FACES = {f"{who}/{number:03d}.jpg": RNG.bytes(900 + number) for who in ("0000045", "0000099") for number in range(1, 8)}
 LFW = {f"{who}/{who}_{number:04d}.jpg": RNG.bytes(700) for who in ("Ann", "Bob", "Cy") for number in (1, 2)}
@@ -309,7 +309,7 @@ def test_procedural_faces_are_rendered_part_by_part_on_any_number_of_workers(
         source="synthetic", watch=[], seed=5, identities=4, images=3, videos=1, folds=2, pairs=2, size=64
     )
     out = tmp_path / "raw"
-    run("lfw", source, out, Machine(executor="local", workers=1, threads=1, memory=1.0, device="cpu"))
+    run("lfw", source, out, Machine(executor="local", workers=1, threads=1, memory=1.0, device="cpu", cache="none"))
     photographs = synthetic.photographs(source, "lfw")
     rows = tables.read_parts(out, tables.RAW)
     assert rows["image_id"].to_pylist() == [photograph.image_id for photograph in photographs]
@@ -325,6 +325,6 @@ def test_procedural_faces_are_rendered_part_by_part_on_any_number_of_workers(
     time = kept.stat().st_mtime_ns
     for path in (tables.part_path(out, 0), tables.part_path(out, 2), out / "pairs.parquet"):
         path.unlink()
-    run("lfw", source, out, Machine(executor="local", workers=2, threads=1, memory=1.0, device="cpu"))
+    run("lfw", source, out, Machine(executor="local", workers=2, threads=1, memory=1.0, device="cpu", cache="none"))
     assert content(out) == before
     assert kept.stat().st_mtime_ns == time

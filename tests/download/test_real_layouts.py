@@ -30,7 +30,12 @@ def test_real_archives(set_name: str, archive: str, pairs: str | None, counts: t
         pairs=pairs and str(FACES / pairs),
         pairs_sha256=None,
     )
-    run(set_name, source, tmp_path / "raw", Machine(executor="local", workers=1, threads=1, memory=1.0, device="cpu"))
+    run(
+        set_name,
+        source,
+        tmp_path / "raw",
+        Machine(executor="local", workers=1, threads=1, memory=1.0, device="cpu", cache="none"),
+    )
     rows = tables.read_parts(tmp_path / "raw", tables.RAW, ["image_id", "identity", "video"])
     found = [len(rows["image_id"].unique()), len(rows["identity"].unique()), len(rows["video"].drop_null().unique())]
     if pairs:

@@ -127,7 +127,8 @@ def test_a_set_lists_every_image_once_under_its_hosts_names(set_name: str, count
 
 
 def test_identity_name() -> None:
-    assert synthetic.identity_name(42) == "id00042"
+    assert synthetic.identity_name(1, 42) == "p1_00042"
+    assert synthetic.identity_name(2, 42) != synthetic.identity_name(1, 42)
 
 
 @pytest.mark.parametrize("set_name", ["train", "ytf"])

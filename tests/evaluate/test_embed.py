@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from stages.evaluate import embed
 from stages.evaluate.verification import EvaluationError
-from stages.train.model import FaceModel, decode_face
+from stages.train.faces import decode_face
+from stages.train.model import FaceModel
 from tests.evaluate.conftest import row, write_rows
 from tests.samples import face_like, jpeg
 

@@ -1,71 +1,121 @@
-import tempfile
-from collections import Counter
-from itertools import islice
+import json
 from pathlib import Path
 
-import pyarrow as pa
+import fsspec
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pipeline.tables import EXAMPLES, TableError, write_table
-from stages.shard.reader import Example, batches_per_epoch, open_shards, read_batches, read_in_order
-
-
-def write(folder: Path, sizes: list[int], row_group_rows: int) -> None:
-    number = 0
-    for index, size in enumerate(sizes):
-        rows = [{"image": str(number + i).encode(), "label": number + i} for i in range(size)]
-        number += size
-        path = folder / f"train-{index:05d}-of-{len(sizes):05d}.parquet"
-        write_table(path, pa.Table.from_pylist(rows, schema=EXAMPLES), EXAMPLES, row_group_rows)
+from pipeline.tables import TableError
+from stages.shard.reader import Rows, Shards, Split
+from stages.shard.verify import verify
+from tests.samples import HERE, face_like, jpeg, shard_section, write_shards
 
 
-def labels(batches: list[list[Example]]) -> list[int]:
-    return [example.label for batch in batches for example in batch]
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"), [9, 7, 8], shard_section())
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4),
-    row_group_rows=st.integers(1, 20),
-    batch=st.integers(1, 16),
-    start=st.integers(0, 40),
-    seed=st.integers(0, 5),
-)
-def test_laws_of_the_stream(sizes: list[int], row_group_rows: int, batch: int, start: int, seed: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), sizes, row_group_rows)
-        groups = open_shards(Path(folder), "train")
-        steps = batches_per_epoch(groups, batch)
-        assert steps == sum(sizes) // batch
-        assert labels(list(read_in_order(groups, batch))) == list(range(sum(sizes)))
-        if not steps:
-            with pytest.raises(TableError, match="fewer than a batch"):
-                next(read_batches(groups, batch, seed))
-            return
-        whole = list(islice(read_batches(groups, batch, seed), start + 2 * steps))
-        assert all(len(b) == batch and all(e.image == str(e.label).encode() for e in b) for b in whole)
-        for epoch in range(len(whole) // steps):
-            # exactly once: no row twice, and no more rows left out than a batch cannot hold
-            assert max(Counter(labels(whole[epoch * steps : (epoch + 1) * steps])).values()) == 1
-        # going on from anywhere is going on from the start
-        assert list(islice(read_batches(groups, batch, seed, start), 2 * steps)) == whole[start:]
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    copy = tmp_path / "shards"
+    copy.mkdir()
+    for path in made.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
 
 
-def test_epochs_differ_and_seeds_differ(tmp_path: Path) -> None:
-    write(tmp_path, [64], 8)
-    groups = open_shards(tmp_path, "train")
-    first, second = (labels([b]) for b in islice(read_batches(groups, 64, 1), 2))
-    (other,) = islice(read_batches(groups, 64, 2), 1)
-    assert sorted(first) == sorted(second) == list(range(64))
-    assert first != second
-    assert first != labels([other])
+def everything(split: Split) -> dict[bytes, int]:
+    images, labels = Rows(split, 2).read(np.arange(len(split)))
+    return dict(zip(images, labels.tolist(), strict=True))
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    write(tmp_path, [8, 8, 8], 4)
-    (tmp_path / "train-00001-of-00003.parquet").unlink()
-    with pytest.raises(TableError, match="a shard is missing"):
-        open_shards(tmp_path, "train")
-    assert open_shards(tmp_path, "val") == []
+def test_any_rows_in_any_order(made: Path) -> None:
+    split = Shards(str(made)).split("train")
+    assert len(split) == 9 - 2 + 7 - 2 + 8 - 2
+    rows = Rows(split, 1)
+    some = np.random.default_rng(0).permutation(len(split))
+    images, labels = rows.read(some)
+    again, _ = rows.read(some[::-1])
+    assert images == again[::-1]
+    assert (labels == split.labels[some]).all()
+    expected = {jpeg(face_like(label, photo)): label for label, count in enumerate((9, 7, 8)) for photo in range(count)}
+    assert everything(split) | everything(Shards(str(made)).split("val")) == expected
+
+
+def test_an_address_is_as_good_as_a_folder(made: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for path in made.iterdir():
+        memory.pipe_file(f"/bucket/{path.name}", path.read_bytes())
+    there, here = Shards("memory://bucket"), Shards(str(made))
+    assert everything(there.split("train")) == everything(here.split("train"))
+    assert there.identities().equals(here.identities())
+    assert there.hashes() == here.hashes()
+
+
+def test_a_row_is_named(made: Path) -> None:
+    assert Shards(str(made)).split("train").name(13).endswith("train-00001-of-00003.parquet, row 5")
+
+
+def test_what_is_missing_or_strange_is_named(folder: Path) -> None:
+    (folder / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(TableError, match=r"train-00001-of-00003\.parquet: no such file"):
+        Shards(str(folder)).split("train").read(2)
+    (folder / "train-00000-of-00003.parquet").write_bytes((folder / "train-00002-of-00003.parquet").read_bytes())
+    with pytest.raises(TableError, match="row group 1 has not the 4 rows"):
+        Shards(str(folder)).split("train").read(1)
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | {"format": 0}))
+    with pytest.raises(TableError, match="format 0, but this code reads 1"):
+        Shards(str(folder))
+    (folder / "index.json").write_text("{}")
+    with pytest.raises(TableError, match="not the index of shards"):
+        Shards(str(folder))
+    with pytest.raises(TableError, match="dvc repro shard"):
+        Shards(str(folder / "nowhere"))
+
+
+def test_verify_finds_nothing_wrong(made: Path) -> None:
+    assert verify(made, HERE).rows == 24
+
+
+def test_verify_names_every_fault(folder: Path) -> None:
+    import pyarrow as pa
+
+    from pipeline.tables import EXAMPLES, write_table
+
+    (folder / "train-00001-of-00003.parquet").write_bytes(b"PAR1")
+    bad = [{"image": b"\xff\xd8 no picture", "label": 0}, {"image": jpeg(face_like(0, 0)[:96]), "label": 0}]
+    write_table(folder / "val-00000-of-00001.parquet", pa.Table.from_pylist(bad, EXAMPLES), EXAMPLES, 4)
+    write_table(folder / "val-00007-of-00008.parquet", pa.Table.from_pylist(bad, EXAMPLES), EXAMPLES, 4)
+    (folder / "dropped.parquet").unlink()
+    with pytest.raises(TableError) as caught:
+        verify(folder, HERE)
+    for part in (
+        "7 faults",
+        "train-00001-of-00003.parquet: not a readable Parquet file",
+        "val-00000-of-00001.parquet: 2 rows, but index.json says 6",
+        "val-00000-of-00001.parquet: its SHA-256 is not what index.json says",
+        "val-00000-of-00001.parquet: row 0: not a readable JPEG",
+        "val-00000-of-00001.parquet: row 1: 112×96 pixels, not 112×112",
+        "val-00007-of-00008.parquet: not in index.json",
+        "dropped.parquet: missing",
+    ):
+        assert part in str(caught.value)
+
+
+def test_verify_counts_labels(folder: Path) -> None:
+    """Files that are what the index says, but not what labels.parquet says."""
+    from pipeline.tables import LABELS, read_table, sha256_file, write_table
+
+    labels = read_table(folder / "labels.parquet", LABELS).to_pylist()
+    labels[1]["train"] += 1
+    import pyarrow as pa
+
+    write_table(folder / "labels.parquet", pa.Table.from_pylist(labels, LABELS), LABELS)
+    index = json.loads((folder / "index.json").read_text())
+    index["tables"]["labels.parquet"] = sha256_file(folder / "labels.parquet")
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(TableError, match="id001 has 6 images in train, but the shards have 5"):
+        verify(folder, HERE)

@@ -1,74 +1,224 @@
 import io
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from pipeline.params import Augment
-from pipeline.tables import EXAMPLES, write_table
-from stages.shard.reader import Group, open_shards
-from stages.train import loader
-from stages.train.augment import Augmenter
-from tests.samples import face_like, jpeg
+from pipeline.errors import InputError
+from pipeline.params import Params, Train
+from pipeline.tables import TableError
+from stages.shard.reader import Shards
+from stages.train import loader as loading
+from stages.train.faces import FaceError
+from stages.train.loader import Batch, Loader, validation_batches
+from tests.samples import FACE, NO_AUGMENTATION, face_like, jpeg, shard_section, write_shards
 
 CPU = torch.device("cpu")
+STRONG = NO_AUGMENTATION | {
+    "horizontal_flip": 0.5,
+    "crop": 0.5,
+    "low_resolution": 0.5,
+    "colour": 0.5,
+    "blur": 0.5,
+    "jpeg": 0.5,
+}
 
 
-@pytest.fixture
-def groups(tmp_path: Path) -> list[Group]:
-    rows = [{"image": jpeg(face_like(i, i)), "label": i} for i in range(40)]
-    write_table(tmp_path / "train-00000-of-00001.parquet", pa.Table.from_pylist(rows, schema=EXAMPLES), EXAMPLES, 8)
-    return open_shards(tmp_path, "train")
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return Shards(str(write_shards(tmp_path_factory.mktemp("shards"), [10, 9, 8, 7, 6], shard_section())))
 
 
-def test_flips_are_exact_and_as_often_as_asked() -> None:
-    images = [face_like(1, photo) for photo in range(400)]
-    out = Augmenter(Augment(horizontal_flip=0.5))(images, seed=1)
-    flipped = [np.array_equal(a, b[:, ::-1]) for a, b in zip(out, images, strict=True)]
-    kept = [np.array_equal(a, b) for a, b in zip(out, images, strict=True)]
-    assert all(f != k for f, k in zip(flipped, kept, strict=True))
-    assert 150 < sum(flipped) < 250  # five standard deviations of a fair coin
-    for p, count in ((0.0, 0), (1.0, 400)):
-        out = Augmenter(Augment(horizontal_flip=p))(images, seed=1)
-        assert sum(np.array_equal(a, b[:, ::-1]) for a, b in zip(out, images, strict=True)) == count
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """Faces with a margin of 8 pixels around them."""
+    face = FACE.model_copy(update={"margin": 8})
+    folder = tmp_path_factory.mktemp("large")
+    return Shards(str(write_shards(folder, [12, 12], shard_section(), face)))
 
 
-def test_augmentation_follows_from_its_seed() -> None:
-    images = [face_like(1, photo) for photo in range(20)]
-    one, again, other = (Augmenter(Augment(horizontal_flip=0.5))(images, seed) for seed in (5, 5, 6))
-    assert np.array_equal(one, again)
-    assert not np.array_equal(one, other)
+def section(params: Params, batch: int = 8, augment: dict[str, Any] | None = None, **changes: Any) -> Train:
+    content = params.train.model_dump() | {"batch": batch, "augment": NO_AUGMENTATION | (augment or {})} | changes
+    return Train.model_validate(content)
 
 
-def test_batches_hold_the_decoded_pixels_in_rgb(groups: list[Group]) -> None:
-    batch = next(loader.training_batches(groups, 8, 1, Augment(horizontal_flip=0.0), 112, CPU))
+def make(shards: Shards, train: Train, **options: Any) -> Loader:
+    return Loader(shards.split("train"), shards.index.face, train, CPU, **options)
+
+
+def take(loader: Loader, count: int) -> list[Batch]:
+    return list(islice(iter(loader), count))
+
+
+def equal(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_batches_hold_the_decoded_pixels_in_rgb(shards: Shards, params: Params) -> None:
+    (batch,) = take(make(shards, section(params)), 1)
     assert batch.images.shape == (8, 3, 112, 112)
     assert batch.images.dtype == torch.uint8
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    known = {}
+    for label, count in enumerate((10, 9, 8, 7, 6)):
+        for photo in range(count):
+            with Image.open(io.BytesIO(jpeg(face_like(label, photo)))) as opened:
+                known[np.asarray(opened.convert("RGB")).tobytes()] = label  # Pillow decodes by the same library
     for image, label in zip(batch.images, batch.labels.tolist(), strict=True):
-        with Image.open(io.BytesIO(jpeg(face_like(label, label)))) as opened:
-            expected = np.asarray(opened.convert("RGB")).astype(int)
-        # Pillow is another decoder; swapped channels would differ by far more than its rounding
-        assert np.abs(image.permute(1, 2, 0).numpy() - expected).mean() < 2
+        assert known[image.permute(1, 2, 0).contiguous().numpy().tobytes()] == label
 
 
-def test_going_on_gives_the_same_batches_whatever_the_threads(
-    groups: list[Group], monkeypatch: pytest.MonkeyPatch
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_exactly_once_over_ranks_workers_and_interruptions(data: st.DataObject) -> None:
+    """Whatever the shards, ranks, caches and interruptions: ranks together see every row exactly once an epoch."""
+    import tempfile
+
+    from tests.conftest import ROOT, load_params
+
+    counts = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=5))
+    world = data.draw(st.sampled_from([1, 2, 3]))
+    batch = world * data.draw(st.integers(1, 4))
+    with tempfile.TemporaryDirectory() as name:
+        made = shard_section(
+            validation={"by": "image", "share": 0.0, "pairs": 0},
+            shard_rows=data.draw(st.integers(1, 12)),
+            row_group_rows=data.draw(st.integers(1, 6)),
+        )
+        shards = Shards(str(write_shards(Path(name), counts, made)))
+        total = len(shards.split("train"))
+        train = section(load_params(ROOT / "params.yaml"), max(2, batch))
+        if total < train.batch or train.batch % world:
+            return
+        split = shards.split("train")
+        number = {image: row for row, image in enumerate(jpegs(shards))}
+        seen: list[int] = []
+        iterations = 2 * total // train.batch + 1
+        streams = []
+        for rank in range(world):
+            cut = data.draw(st.integers(0, iterations))
+            first = make(shards, train, rank=rank, world=world)
+            before = take(first, cut)
+            second = make(shards, train, rank=rank, world=world)
+            second.load_state_dict(first.state_dict())
+            streams.append(before + take(second, iterations - cut))
+        for of_ranks in zip(*streams, strict=True):
+            assert len({len(batch.labels) for batch in of_ranks}) == 1  # equal for every rank
+            for one in of_ranks:
+                for image, label in zip(one.images, one.labels.tolist(), strict=True):
+                    row = number[image.permute(1, 2, 0).contiguous().numpy().tobytes()]
+                    assert split.labels[row] == label
+                    seen.append(row)
+        for epoch in range(len(seen) // total):
+            assert sorted(seen[epoch * total : (epoch + 1) * total]) == list(range(total))
+
+
+def jpegs(shards: Shards) -> list[bytes]:
+    """The decoded pixels of the training rows, in order."""
+    batches = validation_batches(shards.split("train"), shards.index.face, 64, 112, CPU)
+    return [image.permute(1, 2, 0).contiguous().numpy().tobytes() for batch in batches for image in batch.images]
+
+
+@pytest.mark.parametrize("augment", [{"horizontal_flip": 0.5}, STRONG], ids=["flip", "strong"])
+def test_the_same_batches_whatever_makes_them(
+    shards: Shards, params: Params, augment: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flip = Augment(horizontal_flip=0.5)
-    whole = list(islice(loader.training_batches(groups, 8, 1, flip, 112, CPU), 12))
-    monkeypatch.setattr(loader, "MAX_THREADS", 1)
-    rest = list(islice(loader.training_batches(groups, 8, 1, flip, 112, CPU, start=7), 5))
-    for a, b in zip(whole[7:], rest, strict=True):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.labels, b.labels)
+    train = section(params, augment=augment)
+    whole = take(make(shards, train), 12)
+    assert equal(take(make(shards, train, cache="host", cache_folder=tmp_path), 12), whole)
+    if not train.augment.by_image:
+        assert equal(take(make(shards, train, cache="device"), 12), whole)
+    resumed = make(shards, train)
+    resumed.load_state_dict({"iteration": 7})
+    assert equal(take(resumed, 5), whole[7:])
+    for workers in (1, 2):
+        by_processes = DataLoader(make(shards, train), batch_size=None, num_workers=workers)
+        assert equal(list(islice(by_processes, 6)), whole[:6])
+    monkeypatch.setattr(loading, "MAX_THREADS", 1)
+    assert equal(take(make(shards, train), 12), whole)
 
 
-def test_validation_sees_every_example_once_and_unflipped(groups: list[Group]) -> None:
-    batches = list(loader.validation_batches(groups, 16, 112, CPU))
-    assert [len(batch.labels) for batch in batches] == [16, 16, 8]
-    assert torch.cat([batch.labels for batch in batches]).tolist() == list(range(40))
+def test_an_epoch_changes_what_befalls_an_example(shards: Shards, params: Params) -> None:
+    train = section(params, batch=30, augment={"horizontal_flip": 0.5})
+    assert len(shards.split("train")) == 30
+    first, second = ({image.numpy().tobytes() for image in batch.images} for batch in take(make(shards, train), 2))
+    assert 4 <= len(first & second) <= 26  # half of 30 fall the same way
+
+
+@pytest.mark.parametrize("cache", ["none", "host", "device"])
+def test_a_shift_stays_in_the_margin(large: Shards, params: Params, cache: str, tmp_path: Path) -> None:
+    train = section(params, augment={"shift": 5, "horizontal_flip": 0.5})
+    batches = take(make(large, train, cache=cache, cache_folder=tmp_path), 4)
+    assert all(batch.images.shape == (8, 3, 112, 112) for batch in batches)
+    assert equal(batches, take(make(large, train), 4))
+    middle = take(make(large, section(params)), 1)[0]
+    assert not torch.equal(middle.images, batches[0].images)
+    with pytest.raises(InputError, match=r"train\.augment\.shift: 9 pixels around .* 112×112 .* faces of 128×128"):
+        make(large, section(params, augment={"shift": 9}))
+
+
+def test_balanced_batches(shards: Shards, params: Params, tmp_path: Path) -> None:
+    sampling = {"name": "balanced", "identities": 2, "images": 4}
+    train = section(params, sampling=sampling)
+    host = take(make(shards, train, cache="host", cache_folder=tmp_path), 10)
+    assert equal(take(make(shards, train, cache="device"), 10), host)
+    for batch in host:
+        assert sorted(np.unique(batch.labels.numpy(), return_counts=True)[1]) == [4, 4]
+
+
+def test_a_host_cache_is_made_once_and_others_go(shards: Shards, params: Params, tmp_path: Path) -> None:
+    (tmp_path / "old.uint8").write_bytes(b"of other shards")
+    make(shards, section(params), cache="host", cache_folder=tmp_path)
+    (made,) = tmp_path.glob("*.uint8")
+    assert made.stat().st_size == 30 * 112 * 112 * 3
+    before = made.stat().st_mtime_ns
+    make(shards, section(params), cache="host", cache_folder=tmp_path)
+    assert made.stat().st_mtime_ns == before
+
+
+def test_a_cache_that_has_no_room_is_refused(shards: Shards, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.train import cache
+
+    monkeypatch.setattr(cache, "_SHARE", 1e-9)
+    with pytest.raises(InputError, match=r"machine\.cache: device needs 0\.0 GB"):
+        make(shards, section(params), cache="device")
+
+
+def test_what_cannot_be_is_said(shards: Shards, params: Params) -> None:
+    with pytest.raises(TableError, match="30 examples, fewer than a batch of 64"):
+        make(shards, section(params, batch=64))
+    with pytest.raises(InputError, match="8 cannot be shared equally by 3 processes"):
+        make(shards, section(params), world=3)
+
+
+def test_an_image_that_is_none_is_named(tmp_path: Path, params: Params) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipeline.tables import EXAMPLES, write_table
+
+    shards = Shards(str(write_shards(tmp_path, [6, 6], shard_section())))
+    path = tmp_path / "shards" / "train-00000-of-00002.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[5]["image"] = b"nothing"
+    write_table(path, pa.Table.from_pylist(rows, EXAMPLES), EXAMPLES, 4)
+    with pytest.raises(FaceError, match=r"train-00000-of-00002\.parquet, row 5: 7 bytes that are no JPEG"):
+        take(make(shards, section(params)), 2)
+    with pytest.raises(FaceError, match=r"train-00000-of-00002\.parquet, row 5: 7 bytes that are no JPEG"):
+        make(shards, section(params), cache="device")
+
+
+def test_validation_sees_every_example_once_and_unchanged(shards: Shards) -> None:
+    split = shards.split("val")
+    batches = list(validation_batches(split, shards.index.face, 5, 112, CPU))
+    assert [len(batch.labels) for batch in batches] == [5, 5]
+    assert (torch.cat([batch.labels for batch in batches]).numpy() == split.labels).all()

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pipeline.params import Backbone
+from stages.train.faces import FaceError, decode_face
 from stages.train.heads import CosFace
-from stages.train.model import FaceError, ModelError, build_model, decode_face, load_model, save_model
+from stages.train.model import ModelError, build_model, load_model, save_model
 from tests.samples import jpeg
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def test_of_a_larger_face_the_middle_is_seen(width: int, margin: int) -> None:
 
 
 def test_bytes_that_are_no_face_are_refused() -> None:
-    with pytest.raises(FaceError, match="no image"):
+    with pytest.raises(FaceError, match="no JPEG"):
         decode_face(b"nothing", 112)
     with pytest.raises(FaceError, match=r"112×96 pixels is too small for a network of 112×112: train\.backbone\.width"):
         decode_face(jpeg(np.zeros((112, 96, 3), np.uint8)), 112)

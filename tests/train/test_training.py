@@ -7,15 +7,14 @@ import torch
 
 from pipeline.params import Params
 from stages import train
-from stages.shard import run as shard
 from stages.train import checkpoint, loop
-from tests.samples import write_aligned
+from tests.samples import shard_section, write_shards
 
 
 @pytest.fixture
-def tiny(params: Params) -> Params:
+def tiny(params: Params, tmp_path: Path) -> Params:
     section = params.train.model_dump()
-    section |= {"batch": 16, "log_every": 3, "checkpoint_every": 4}
+    section |= {"data": str(tmp_path / "shards"), "batch": 16, "log_every": 3, "checkpoint_every": 4}
     section["backbone"]["embedding"] = 32
     section["schedule"] = {"iterations": 14, "warmup": 2, "milestones": [10], "factor": 0.1}
     section["optimizer"]["learning_rate"] = 0.05
@@ -23,10 +22,8 @@ def tiny(params: Params) -> Params:
 
 
 @pytest.fixture
-def shards(tmp_path: Path, params: Params) -> Path:
-    write_aligned(tmp_path / "aligned", [10] * 6)
-    shard(tmp_path / "aligned", tmp_path / "shards", params.shard)
-    return tmp_path / "shards"
+def shards(tmp_path: Path) -> Path:
+    return write_shards(tmp_path, [10] * 6, shard_section(validation={"by": "image", "share": 0.1, "pairs": 0}))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -40,7 +37,7 @@ class Killed(BaseException):
 def test_interrupted_anywhere_ends_in_the_same_bits(
     tmp_path: Path, shards: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train.run(shards, tmp_path / "whole", tmp_path / "a", tiny)
+    train.run(tmp_path / "whole", tmp_path / "a", tiny)
     assert not list((tmp_path / "a").iterdir())
     step = loop.step
     for kill_at in (2, 4, 9, 13):
@@ -53,21 +50,22 @@ def test_interrupted_anywhere_ends_in_the_same_bits(
 
         monkeypatch.setattr(loop, "step", dying)
         with pytest.raises(Killed):
-            train.run(shards, tmp_path / f"m{kill_at}", checkpoints, tiny)
+            train.run(tmp_path / f"m{kill_at}", checkpoints, tiny)
         assert not (tmp_path / f"m{kill_at}").exists()
         monkeypatch.setattr(loop, "step", step)
-        train.run(shards, tmp_path / f"m{kill_at}", checkpoints, tiny)
+        train.run(tmp_path / f"m{kill_at}", checkpoints, tiny)
         assert files(tmp_path / f"m{kill_at}") == files(tmp_path / "whole")
 
 
 def test_what_is_left_behind(tmp_path: Path, shards: Path, tiny: Params) -> None:
-    train.run(shards, tmp_path / "models", tmp_path / "checkpoints", tiny)
+    train.run(tmp_path / "models", tmp_path / "checkpoints", tiny)
     assert set(files(tmp_path / "models")) == {
         "backbone.safetensors",
         "head.safetensors",
         "model.json",
         "train.json",
         "history.csv",
+        "faces.png",
     }
     with (tmp_path / "models" / "history.csv").open() as file:
         history = list(csv.DictReader(file))
@@ -87,7 +85,7 @@ def test_it_learns(tmp_path: Path, shards: Path, tiny: Params) -> None:
     """Six identities that differ by colour: chance is 1/6, and a learner is right at least half the time."""
     schedule = tiny.train.schedule.model_copy(update={"iterations": 40, "milestones": [30]})
     longer = tiny.train.model_copy(update={"schedule": schedule})
-    train.run(shards, tmp_path / "models", tmp_path / "checkpoints", tiny.model_copy(update={"train": longer}))
+    train.run(tmp_path / "models", tmp_path / "checkpoints", tiny.model_copy(update={"train": longer}))
     metrics = json.loads((tmp_path / "models" / "train.json").read_text())
     assert metrics["accuracy"] > 0.5
     assert metrics["val_accuracy"] > 0.5
@@ -117,11 +115,11 @@ def test_a_loss_that_is_not_finite_stops(tmp_path: Path, shards: Path, tiny: Par
         update={"optimizer": tiny.train.optimizer.model_copy(update={"learning_rate": 1e30, "clip_norm": None})}
     )
     with pytest.raises(loop.TrainingError, match=r"at iteration \d+.*learning_rate"):
-        train.run(shards, tmp_path / "models", tmp_path / "checkpoints", tiny.model_copy(update={"train": wild}))
+        train.run(tmp_path / "models", tmp_path / "checkpoints", tiny.model_copy(update={"train": wild}))
     assert not (tmp_path / "models").exists()
 
 
 def test_too_few_examples_are_said(tmp_path: Path, shards: Path, tiny: Params) -> None:
     large = tiny.train.model_copy(update={"batch": 4096})
     with pytest.raises(ValueError, match=r"54 examples, fewer than a batch of 4096"):
-        train.run(shards, tmp_path / "models", tmp_path / "checkpoints", tiny.model_copy(update={"train": large}))
+        train.run(tmp_path / "models", tmp_path / "checkpoints", tiny.model_copy(update={"train": large}))

@@ -1,0 +1,94 @@
+"""The decoded training set: faces as uint8, in memory that processes share, or on a GPU."""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import filelock
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import tables
+from pipeline.errors import InputError
+from pipeline.executor import cores
+from pipeline.progress import bar
+from stages.shard.reader import Split
+from stages.train.faces import FaceError, decode_into
+
+log = logging.getLogger(__name__)
+
+_SHARE = 0.9
+"""Of the memory there is, at most so much is taken."""
+
+
+def host_cache(split: Split, size: tuple[int, int], folder: Path) -> NDArray[np.uint8]:
+    """The faces of a split, (rows, height, width, 3) uint8 RGB, as a file mapped into memory.
+
+    All processes that map it share the same pages. It stays: another training on the same shards, or one that goes on
+    after an interruption, has nothing to decode. Those of other shards go.
+
+    Raises:
+        InputError: memory is too small for it.
+        FaceError: an image that cannot be decoded; the message names it.
+    """
+    shape = (len(split), *size, 3)
+    _check_room(int(np.prod(shape)), int(psutil.virtual_memory().total), "host")
+    path = folder / f"{tables.fingerprint(split.hashes, size)}.uint8"
+    folder.mkdir(exist_ok=True)
+    with filelock.FileLock(folder / ".lock"):
+        if not path.exists():
+            for other in folder.glob("*.uint8"):
+                other.unlink()
+            with tables.atomic(path) as temporary:
+                decoded = np.memmap(temporary, np.uint8, "w+", shape=shape)
+                _decode(split, lambda start, faces: np.copyto(decoded[start : start + len(faces)], faces), size)
+                decoded.flush()
+    return np.memmap(path, np.uint8, "r", shape=shape)
+
+
+def device_cache(split: Split, size: tuple[int, int], device: torch.device) -> Tensor:
+    """The same on a device.
+
+    Raises:
+        InputError: its memory is too small for it.
+        FaceError: an image that cannot be decoded; the message names it.
+    """
+    shape = (len(split), *size, 3)
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().total)
+    _check_room(int(np.prod(shape)), room, "device")
+    cache = torch.empty(shape, dtype=torch.uint8, device=device)
+    _decode(split, lambda start, faces: cache[start : start + len(faces)].copy_(torch.from_numpy(faces)), size)
+    return cache
+
+
+def _check_room(needed: int, room: int, name: str) -> None:
+    if needed > _SHARE * room:
+        raise InputError(
+            f"machine.cache: {name} needs {needed / 1e9:.1f} GB for the decoded faces, and there are "
+            f"{room / 1e9:.1f} GB; set it to none"
+        )
+
+
+def _decode(split: Split, put: Callable[[int, NDArray[np.uint8]], object], size: tuple[int, int]) -> None:
+    def one(group: int) -> int:
+        images = split.read(group)["image"]
+        faces = np.empty((len(images), *size, 3), np.uint8)
+        start = int(split.starts[group])
+        for i, image in enumerate(images):
+            try:
+                decode_into(image.as_py(), faces[i])
+            except FaceError as error:
+                raise FaceError(f"{split.name(start + i)}: {error}") from error
+        put(start, faces)
+        return len(faces)
+
+    with (
+        bar(total=len(split), label="decoding into memory", unit="images") as shown,
+        ThreadPoolExecutor(cores()) as pool,
+    ):
+        for count in pool.map(one, range(split.groups)):
+            shown.update(count)

@@ -1,0 +1,51 @@
+"""From an aligned face's JPEG to the pixels that a network sees."""
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError
+
+HEIGHT = 112
+"""Of what a network sees, pixels."""
+
+
+class FaceError(InputError):
+    """An aligned face that the network cannot take."""
+
+
+def decode_face(jpeg: bytes, width: int) -> NDArray[np.uint8]:
+    """An aligned face as a network sees it, 112×width×3 uint8 RGB: its middle, where alignment kept more.
+
+    Raises:
+        FaceError: the bytes are no JPEG, or one that is too small.
+    """
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(jpeg, "RGB")
+    except ValueError as error:
+        raise FaceError(f"{len(jpeg)} bytes that are no JPEG stand for an aligned face: {error}") from error
+    top, left = (pixels.shape[0] - HEIGHT) // 2, (pixels.shape[1] - width) // 2
+    if min(top, left) < 0:
+        raise FaceError(
+            f"an aligned face of {pixels.shape[0]}×{pixels.shape[1]} pixels is too small for a network of "
+            f"{HEIGHT}×{width}: train.backbone.width must not be more than align.face.width"
+        )
+    return pixels[top : top + HEIGHT, left : left + width]
+
+
+def decode_into(jpeg: bytes, pixels: NDArray[np.uint8]) -> None:
+    """Decode a JPEG into an array of exactly its size, H×W×3 uint8 RGB, contiguous.
+
+    Raises:
+        FaceError: the bytes are no JPEG, or one of another size.
+    """
+    try:
+        decoded = simplejpeg.decode_jpeg(jpeg, "RGB", buffer=pixels)
+    except ValueError as error:
+        raise FaceError(
+            f"{len(jpeg)} bytes that are no JPEG of {pixels.shape[0]}×{pixels.shape[1]}: {error}"
+        ) from error
+    if decoded.shape != pixels.shape:
+        raise FaceError(
+            f"a face of {decoded.shape[0]}×{decoded.shape[1]} pixels, not {pixels.shape[0]}×{pixels.shape[1]}"
+        )

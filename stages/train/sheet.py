@@ -1,0 +1,51 @@
+"""A picture of faces as the network sees them: each as it is, and then as augmentation changes it, epoch by epoch."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from pipeline import tables
+from pipeline.params import Face, Train
+from stages.shard.reader import Rows, Split
+from stages.train.augment import Draws, ImageAugmenter, crop_and_flip, draw
+from stages.train.faces import HEIGHT, decode_into
+
+FACES, EPOCHS, GAP = 8, 7, 4
+"""A row a face, then a column an epoch; pixels between."""
+
+
+def write_sheet(path: Path, split: Split, face: Face, params: Train) -> None:
+    """Write the picture, atomically; the first examples of the split, and the draws that training itself makes."""
+    count, width, size = min(FACES, len(split)), params.backbone.width, face.size
+    rows = np.arange(count)
+    images, _ = Rows(split, 1).read(rows)
+    faces = np.empty((count, *size, 3), np.uint8)
+    for i, image in enumerate(images):
+        decode_into(image, faces[i])
+    columns = [_seen(faces, _as_they_are(count, size, width), width)]
+    augmenter = ImageAugmenter(params.augment, width)
+    for epoch in range(EPOCHS):
+        draws = draw(params.augment, params.seed, np.full(count, epoch), rows, size, width)
+        seen = _seen(faces, draws, width)
+        if params.augment.by_image:
+            augmenter(seen, draws.seed)
+        columns.append(seen)
+    sheet = np.full((count * (HEIGHT + GAP) - GAP, len(columns) * (width + GAP) - GAP, 3), 255, np.uint8)
+    for x, column in enumerate(columns):
+        for y, pixels in enumerate(column):
+            top, left = y * (HEIGHT + GAP), x * (width + GAP)
+            sheet[top : top + HEIGHT, left : left + width] = pixels
+    with tables.atomic(path) as temporary:
+        temporary.write_bytes(cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1].tobytes())
+
+
+def _as_they_are(count: int, size: tuple[int, int], width: int) -> Draws:
+    zero = np.zeros(count, np.int64)
+    return Draws(zero.astype(bool), zero + (size[0] - HEIGHT) // 2, zero + (size[1] - width) // 2, zero)
+
+
+def _seen(faces: np.ndarray, draws: Draws, width: int) -> np.ndarray:
+    out = np.empty((len(faces), HEIGHT, width, 3), np.uint8)
+    crop_and_flip(faces, draws, out)
+    return out

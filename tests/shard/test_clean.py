@@ -1,0 +1,163 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from stages.shard.clean import Faces, ShardError, clean, normalised
+from tests.samples import shard_section
+
+
+def faces(*rows: tuple[str, str, str, int], sizes: dict[str, float] | None = None) -> Faces:
+    """Rows of (image, identity, content, which of some random hashes); no hash (-1) is no face."""
+    rng = np.random.default_rng(0).integers(0, 2**63, (50, 4), dtype=np.uint64)
+    hashes = np.stack([rng[number] if number >= 0 else np.zeros(4, np.uint64) for *_, number in rows])
+    column = [pa.chunked_array([[row[i] for row in rows]], pa.string()) for i in range(3)]
+    status = np.array(["detected" if number >= 0 else "no_face" for *_, number in rows], object)
+    size = np.array([(sizes or {}).get(row[0], 80.0) for row in rows])
+    return Faces(column[0], column[1], column[2], status, size, hashes)
+
+
+def near(known: Faces, row: int, to: int, bits: int) -> None:
+    """Let the hash of a row differ from that of another in so many bits."""
+    assert known.hashes is not None
+    known.hashes[row] = known.hashes[to]
+    known.hashes[row, 0] ^= np.uint64(2**bits - 1)
+
+
+def dropped(known: Faces, evaluation: dict[str, Faces] | None = None, **changes: Any) -> dict[str, tuple[Any, ...]]:
+    table = clean(known, evaluation or {}, shard_section(clean=changes).clean)
+    return {row["image_id"]: (row["reason"], row["of"], row["distance"]) for row in table.to_pylist()}
+
+
+OTHERS = (("x/1", "x", "x1", 40), ("y/1", "y", "y1", 41))
+"""Two identities that nothing befalls."""
+
+
+def test_nothing_is_left_out_unasked() -> None:
+    known = faces(("a/1", "a", "s", 0), ("a/2", "a", "s", 0), ("b/1", "b", "s", 0), ("b/2", "b", "t", -1), *OTHERS)
+    assert dropped(known) == {"b/2": ("no_face", None, None)}
+
+
+def test_of_copies_within_an_identity_the_largest_face_stays() -> None:
+    known = faces(("a/1", "a", "s", 0), ("a/2", "a", "s", 0), ("a/3", "a", "s", 0), *OTHERS, sizes={"a/2": 90.0})
+    assert dropped(known, duplicates=True) == {"a/1": ("duplicate", "a/2", None), "a/3": ("duplicate", "a/2", None)}
+
+
+def test_copies_that_bear_two_identities_all_go() -> None:
+    known = faces(("a/1", "a", "s", 0), ("a/2", "a", "t", 1), ("b/1", "b", "s", 0), ("b/2", "b", "u", 2))
+    assert dropped(known, duplicates=True) == {
+        "a/1": ("contradiction", "b/1", None),
+        "b/1": ("contradiction", "a/1", None),
+    }
+
+
+def test_near_copies() -> None:
+    known = faces(
+        ("a/1", "a", "1", 0),
+        ("a/2", "a", "2", 1),
+        ("a/3", "a", "3", 2),
+        ("b/1", "b", "4", 3),
+        ("b/2", "b", "5", 4),
+        *OTHERS,
+    )
+    near(known, 1, to=0, bits=7)
+    near(known, 3, to=2, bits=8)
+    assert dropped(known, duplicates=True, near_duplicates=8) == {
+        "a/2": ("near_duplicate", "a/1", 7),
+        "a/3": ("contradiction_near", "b/1", 8),
+        "b/1": ("contradiction_near", "a/3", 8),
+    }
+    assert dropped(known, duplicates=True, near_duplicates=7) == {"a/2": ("near_duplicate", "a/1", 7)}
+    assert dropped(known, duplicates=True, near_duplicates=None) == {}
+
+
+def test_a_chain_of_near_copies_keeps_what_is_far_from_what_stays() -> None:
+    """1 and 2 are near, 2 and 3 are near, 1 and 3 are not: 2 goes, 1 and 3 stay."""
+    known = faces(("a/1", "a", "1", 0), ("a/2", "a", "2", 1), ("a/3", "a", "3", 2), *OTHERS)
+    assert known.hashes is not None
+    known.hashes[1] = known.hashes[2] = known.hashes[0]
+    known.hashes[1, 0] ^= np.uint64(0b1111)
+    known.hashes[2, 0] ^= np.uint64(0b11111111)
+    assert dropped(known, duplicates=True, near_duplicates=4) == {"a/2": ("near_duplicate", "a/1", 4)}
+
+
+def test_photographs_of_an_evaluation_set() -> None:
+    known = faces(("a/1", "a", "s", 0), ("a/2", "a", "t", 1), ("a/3", "a", "u", 2), *OTHERS)
+    theirs = faces(("Q/1", "Q", "s", 0), ("Q/2", "Q", "v", 1), ("Q/3", "Q", "w", 3), ("Q/4", "Q", "w", 3))
+    assert dropped(known, {"lfw": theirs}, duplicates=True, near_duplicates=3) == {
+        "a/1": ("evaluated_photograph", "lfw: Q/1", None),
+        "a/2": ("evaluated_near", "lfw: Q/2", 0),
+    }
+
+
+def test_names_of_an_evaluation_set(tmp_path: Path) -> None:
+    known = faces(("1/1", "José  Núñez", "s", 0), ("2/1", "0042", "t", 1), ("3/1", "0043", "u", 2), *OTHERS)
+    theirs = {"lfw": faces(("Q/1", "Jose_Nunez", "q", 5)), "ytf": faces(("R/1", "Al_Gore", "r", 6))}
+    (tmp_path / "names.txt").write_text("# numbers and names\n0042 Al Gore\n0043\tTipper_Gore\n")
+    assert dropped(known, theirs, same_names=True) == {"1/1": ("evaluated_name", "lfw: Jose_Nunez", None)}
+    assert dropped(known, theirs, same_names=True, names=str(tmp_path / "names.txt")) == {
+        "1/1": ("evaluated_name", "lfw: Jose_Nunez", None),
+        "2/1": ("evaluated_name", "ytf: Al_Gore", None),
+    }
+
+
+def test_normalised_names() -> None:
+    assert normalised("Zoë_O'Neill") == normalised("ZOE ONEILL") == "zoeoneill"
+    assert normalised("Müller") != normalised("Möller")
+
+
+def test_published_lists() -> None:
+    known = faces(("a/1", "0166921", "s", 0), ("b/1", "1193098", "t", 1), ("c/1", "0166922", "u", 2), *OTHERS)
+    assert dropped(known, lists=["casia-webface-lfw"]) == {
+        "a/1": ("published_list", None, None),
+        "b/1": ("published_list", None, None),
+    }
+
+
+def test_what_people_have_decided(tmp_path: Path) -> None:
+    known = faces(("a/1", "a", "s", 0), ("a/2", "a", "t", 1), ("b/1", "b", "u", 2), *OTHERS)
+    listed = tmp_path / "exclude.csv"
+    listed.write_text("image_id,identity,reason\na/2,a,a drawing\n,b,is x\n")
+    assert dropped(known, exclude=str(listed)) == {"a/2": ("excluded", None, None), "b/1": ("excluded", None, None)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("image_id,identity\n", "its first line must be image_id,identity,reason"),
+        ("image_id,identity,reason\na/1,a,x\nnobody/1,a,x\n", "line 3: the training set has no image 'nobody/1'"),
+        ("image_id,identity,reason\n,nobody,x\n", "line 2: the training set has no identity 'nobody'"),
+        (None, "no such file, though shard.clean.exclude in params.yaml names it"),
+    ],
+)
+def test_a_wrong_list_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    listed = tmp_path / "exclude.csv"
+    if content is not None:
+        listed.write_text(content)
+    with pytest.raises(ShardError, match=message):
+        dropped(faces(("a/1", "a", "s", 0), *OTHERS), exclude=str(listed))
+
+
+def test_a_line_without_a_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("0042 Al Gore\n0043\n")
+    with pytest.raises(ShardError, match=r"names\.txt: line 2: expected `<identity> <name>`, not '0043'"):
+        dropped(faces(("a/1", "a", "s", 0), *OTHERS), same_names=True, names=str(tmp_path / "names.txt"))
+
+
+def test_identities_of_whom_too_little_is_left_go_last() -> None:
+    known = faces(
+        ("a/1", "a", "s", 0),
+        ("a/2", "a", "s", 0),
+        ("b/1", "b", "u", 2),
+        ("b/2", "b", "v", 3),
+        ("c/1", "c", "w", 4),
+        ("c/2", "c", "x", 5),
+    )
+    assert dropped(known, duplicates=True, min_images=2) == {
+        "a/1": ("few_images", None, None),
+        "a/2": ("duplicate", "a/1", None),
+    }
+    with pytest.raises(ShardError, match=r"0 of 3 identities have at least shard\.clean\.min_images = 3 faces"):
+        dropped(known, min_images=3)
