@@ -60,16 +60,22 @@ def cores() -> int:
 
 @functools.cache
 def prepare_worker(threads: int) -> None:
-    """Give this process so many threads, and let it keep the memory that its networks use again and again.
-
-    By default glibc returns large blocks to the system as soon as they are free; having them back, page by page, costs
-    alignment a fifth of its time.
-    """
+    """Give this process so many threads, and let it keep its memory."""
     import cv2
     import torch
 
     cv2.setNumThreads(threads)
     torch.set_num_threads(threads)
+    keep_memory()
+
+
+@functools.cache
+def keep_memory() -> None:
+    """Let this process keep the memory that its networks and batches use again and again.
+
+    By default glibc returns large blocks to the system as soon as they are free; having them back, page by page, costs
+    alignment a fifth of its time, and a loader a tenth.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc only
         for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):

@@ -184,40 +184,56 @@ class Split:
         return np.concatenate(columns) if columns else np.empty(0, np.int32)
 
 
+class _Group:
+    """A row group at hand: its images are slices of one buffer."""
+
+    def __init__(self, table: pa.Table) -> None:
+        images = table["image"]
+        images = images.chunk(0) if images.num_chunks == 1 else images.combine_chunks()
+        _, offsets, data = images.buffers()
+        starts = np.frombuffer(offsets, np.int32)[images.offset : images.offset + len(images) + 1]
+        self._data, self._starts = memoryview(data).cast("B"), starts.tolist()
+        self.labels: NDArray[np.int32] = table["label"].to_numpy()
+
+    def image(self, row: int) -> memoryview:
+        return self._data[self._starts[row] : self._starts[row + 1]]
+
+
 class Rows:
     """Any rows of a split, with the row groups read lately or expected soon at hand. Threads may share it."""
 
     def __init__(self, split: Split, groups: int) -> None:
         """At most so many groups are held, more only while one call needs them."""
         self._split, self._most = split, groups
-        self._loads: OrderedDict[int, Future[pa.Table]] = OrderedDict()
+        self._loads: OrderedDict[int, Future[_Group]] = OrderedDict()
         self._lock = Lock()
         self._reader = ThreadPoolExecutor(1, "reader")
 
-    def expect(self, groups: Iterable[int]) -> dict[int, Future[pa.Table]]:
+    def expect(self, groups: Iterable[int]) -> dict[int, Future[_Group]]:
         """Begin to read row groups that will be wanted, those at hand excepted."""
         with self._lock:
             loads = {}
             for group in groups:
                 if group not in self._loads:
-                    self._loads[group] = self._reader.submit(self._split.read, group)
+                    self._loads[group] = self._reader.submit(self._load, group)
                 self._loads.move_to_end(group)
                 loads[group] = self._loads[group]
             while len(self._loads) > max(len(loads), self._most):
                 self._loads.popitem(last=False)
             return loads
 
-    def read(self, rows: NDArray[np.int64]) -> tuple[list[bytes], NDArray[np.int32]]:
-        """The encoded images and the labels of some rows."""
+    def _load(self, group: int) -> _Group:
+        return _Group(self._split.read(group))
+
+    def read(self, rows: NDArray[np.int64]) -> tuple[list[memoryview], NDArray[np.int32]]:
+        """The encoded images, as views of what was read, and the labels of some rows."""
         group_of = np.searchsorted(self._split.starts, rows, side="right") - 1
         loads = self.expect(np.unique(group_of).tolist())
-        tables = {group: load.result() for group, load in loads.items()}
-        images: list[bytes] = []
+        groups = {number: load.result() for number, load in loads.items()}
+        within = rows - self._split.starts[group_of]
         labels = np.empty(len(rows), np.int32)
-        places = zip((rows - self._split.starts[group_of]).tolist(), group_of.tolist(), strict=True)
-        columns = {g: (t["image"].chunk(0), t["label"].chunk(0)) for g, t in tables.items()}
-        for i, (row, group) in enumerate(places):
-            image, label = columns[group]
-            images.append(image[row].as_py())
-            labels[i] = label[row].as_py()
-        return images, labels
+        for number, group in groups.items():
+            mine = group_of == number
+            labels[mine] = group.labels[within[mine]]
+        places = zip(group_of.tolist(), within.tolist(), strict=True)
+        return [groups[number].image(row) for number, row in places], labels

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.executor import choose_device
+from pipeline.executor import choose_device, keep_memory
 from pipeline.params import Params
 from pipeline.tables import atomic, fingerprint
 from pipeline.tracking import model_digest, training_run
@@ -41,6 +41,7 @@ def run(models: Path, checkpoints_root: Path, params: Params) -> None:
         TableError: shards are absent, incomplete, or fewer than a batch.
         TrainingError: the loss is no longer finite.
     """
+    keep_memory()
     device = choose_device(params.machine.device)
     shards = Shards(params.train.data)
     classes = int(np.count_nonzero(shards.identities()["train"].to_numpy()))

@@ -32,13 +32,12 @@ import albumentations as A
 class Draws:
     """What befalls each of n images."""
 
-    flip: NDArray[np.bool_]
-    """(n,)"""
-    top: NDArray[np.int64]
-    left: NDArray[np.int64]
-    """(n,) corner of what the network sees in the aligned face, pixels."""
-    seed: NDArray[np.int64]
-    """(n,) for albumentations."""
+    flip: list[bool]
+    top: list[int]
+    left: list[int]
+    """Corner of what the network sees in the aligned face, pixels."""
+    seed: list[int]
+    """For albumentations."""
 
 
 def draw(
@@ -54,10 +53,10 @@ def draw(
     steps = 2 * params.shift + 1
     top, left = (np.floor(u[:, i] * steps).astype(np.int64) - params.shift for i in (1, 2))
     return Draws(
-        flip=u[:, 0] < params.horizontal_flip,
-        top=top + (size[0] - HEIGHT) // 2,
-        left=left + (size[1] - width) // 2,
-        seed=np.floor(u[:, 3] * 2**32).astype(np.int64),
+        flip=(u[:, 0] < params.horizontal_flip).tolist(),
+        top=(top + (size[0] - HEIGHT) // 2).tolist(),
+        left=(left + (size[1] - width) // 2).tolist(),
+        seed=np.floor(u[:, 3] * 2**32).astype(np.int64).tolist(),
     )
 
 
@@ -85,9 +84,9 @@ class ImageAugmenter:
             ]
         )
 
-    def __call__(self, images: NDArray[np.uint8], seeds: NDArray[np.int64]) -> None:
+    def __call__(self, images: NDArray[np.uint8], seeds: list[int]) -> None:
         """Change images (n, 112, width, 3) uint8 RGB in place; the same images and seeds give the same pixels."""
-        for image, seed in zip(images, seeds.tolist(), strict=True):
+        for image, seed in zip(images, seeds, strict=True):
             self._transform.set_random_seed(seed)
             image[:] = self._transform(image=image)["image"]
 
@@ -96,23 +95,23 @@ def _ratio(width: int) -> tuple[float, float]:
     return 0.9 * width / HEIGHT, 1.1 * width / HEIGHT
 
 
-def crop_and_flip(faces: NDArray[np.uint8], draws: Draws, out: NDArray[np.uint8]) -> None:
-    """What the network sees of faces (n, H, W, 3), into `out` (n, 112, width, 3). Both may be the same array."""
-    height, width = out.shape[1:3]
-    for face, target, flip, top, left in zip(
-        faces, out, draws.flip.tolist(), draws.top.tolist(), draws.left.tolist(), strict=True
-    ):
-        seen = face[top : top + height, left : left + width]
-        if flip:
-            target[:] = cv2.flip(seen, 1)
-        elif faces is not out:
-            target[:] = seen
+def place(face: NDArray[np.uint8], draws: Draws, i: int, out: NDArray[np.uint8]) -> None:
+    """What the network sees of the i-th face (H, W, 3), into its own array `out` (112, width, 3)."""
+    top, left = draws.top[i], draws.left[i]
+    seen = face[top : top + out.shape[0], left : left + out.shape[1]]
+    if draws.flip[i]:
+        cv2.flip(seen, 1, dst=out)
+    else:
+        out[:] = seen
 
 
-def crop_and_flip_on_device(faces: Tensor, draws: Draws, width: int) -> Tensor:
-    """The same of a tensor, on the device where it lies; pixel by pixel what crop_and_flip gives."""
-    n, device = len(faces), faces.device
-    top, left, flip = (torch.from_numpy(x).to(device, non_blocking=True) for x in (draws.top, draws.left, draws.flip))
+def place_all(faces: Tensor, draws: Draws, width: int) -> Tensor:
+    """The same of a batch (n, H, W, 3), on the device where it lies: (n, 112, width, 3)."""
+    n, height, device = len(faces), faces.shape[1], faces.device
+    if (height, faces.shape[2]) == (HEIGHT, width):
+        flipped = torch.from_numpy(np.flatnonzero(draws.flip)).to(device, non_blocking=True)
+        return faces.index_copy(0, flipped, faces[flipped].flip(2))
+    top, left, flip = (torch.tensor(x).to(device, non_blocking=True) for x in (draws.top, draws.left, draws.flip))
     down, across = torch.arange(HEIGHT, device=device), torch.arange(width, device=device)
     across = torch.where(flip[:, None], across.flip(0), across)
     rows = (top[:, None] + down)[:, :, None]

@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 from pipeline.executor import cores
 from pipeline.progress import bar
 from stages.shard.reader import Split
-from stages.train.faces import FaceError, decode_into
+from stages.train.faces import FaceError, decode_into, unaligned
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def _check_room(needed: int, room: int, name: str) -> None:
 def _decode(split: Split, put: Callable[[int, NDArray[np.uint8]], object], size: tuple[int, int]) -> None:
     def one(group: int) -> int:
         images = split.read(group)["image"]
-        faces = np.empty((len(images), *size, 3), np.uint8)
+        faces = unaligned((len(images), *size, 3))
         start = int(split.starts[group])
         for i, image in enumerate(images):
             try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,9 +21,9 @@ from pipeline.executor import cores
 from pipeline.params import BalancedSampling, Face, Train
 from pipeline.tables import TableError
 from stages.shard.reader import Rows, Split
-from stages.train.augment import ImageAugmenter, crop_and_flip, crop_and_flip_on_device, draw
+from stages.train.augment import Draws, ImageAugmenter, draw, place, place_all
 from stages.train.cache import device_cache, host_cache
-from stages.train.faces import HEIGHT, FaceError, decode_into
+from stages.train.faces import HEIGHT, FaceError, decode_into, unaligned
 from stages.train.sampling import POOL_GROUPS, Balanced, Sampling, Uniform
 
 MAX_THREADS = 16
@@ -170,30 +171,34 @@ class _Builder:
         draws = draw(params.augment, params.seed, epochs, rows, size, width)
         if of._on_device is not None:
             faces = of._on_device.index_select(0, torch.from_numpy(rows).to(of._on_device.device))
-            images = crop_and_flip_on_device(faces, draws, width)
-            return _batch(images, of._labels[rows])
-        buffer = torch.empty((share, HEIGHT, width, 3), dtype=torch.uint8, pin_memory=self._pin)
-        out = buffer.numpy()
-        whole = out if size == (HEIGHT, width) else np.empty((share, *size, 3), np.uint8)
-        labels = self._fill(whole, rows)
-        crop_and_flip(whole, draws, out)
+            return _batch(place_all(faces, draws, width), of._labels[rows])
+        out = _pinned((share, HEIGHT, width, 3)) if self._pin else unaligned((share, HEIGHT, width, 3))
+        labels = self._fill(out, rows, draws)
         if params.augment.by_image:
             if not hasattr(self._local, "augmenter"):
                 self._local.augmenter = ImageAugmenter(params.augment, width)
             self._local.augmenter(out, draws.seed)
-        return _batch(buffer, labels)
+        return _batch(torch.from_numpy(out), labels)
 
-    def _fill(self, faces: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Put the faces of some rows where they belong; their labels."""
-        if self._of._host is not None:
-            np.take(self._of._host, rows, axis=0, out=faces, mode="clip")
-            return self._of._labels[rows]
+    def _fill(self, out: NDArray[np.uint8], rows: NDArray[np.int64], draws: Draws) -> NDArray[np.int32]:
+        """Put what the network sees of some rows where it belongs; their labels."""
+        of = self._of
+        if of._host is not None:
+            for i, row in enumerate(rows.tolist()):
+                place(of._host[row], draws, i, out[i])
+            return of._labels[rows]
         images, labels = self._rows.read(rows)
-        for face, image, row in zip(faces, images, rows.tolist(), strict=True):
+        whole = of._face.size == out.shape[1:3]
+        aside = unaligned((*of._face.size, 3))
+        for i, (image, target, flip) in enumerate(zip(images, out, draws.flip, strict=True)):
             try:
-                decode_into(image, face)
+                decode_into(image, target if whole else aside)
             except FaceError as error:
-                raise FaceError(f"{self._of._split.name(row)}: {error}") from error
+                raise FaceError(f"{of._split.name(int(rows[i]))}: {error}") from error
+            if not whole:
+                place(aside, draws, i, target)
+            elif flip:  # at once, while it is still in the processor's cache
+                cv2.flip(target, 1, dst=target)
         return labels
 
 
@@ -205,7 +210,7 @@ def validation_batches(split: Split, face: Face, batch: int, width: int, device:
 
     def build(start: int) -> Batch:
         images, labels = rows.read(np.arange(start, min(start + batch, len(split))))
-        faces = np.empty((len(images), *size, 3), np.uint8)
+        faces = unaligned((len(images), *size, 3))
         for i, image in enumerate(images):
             decode_into(image, faces[i])
         seen = torch.from_numpy(np.ascontiguousarray(faces[:, top : top + HEIGHT, left : left + width]))
@@ -219,6 +224,12 @@ def validation_batches(split: Split, face: Face, batch: int, width: int, device:
             ready = coming.result()
             coming = pool.submit(build, start + batch) if start + batch < len(split) else None
             yield ready.to(device)
+
+
+def _pinned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """As faces.unaligned, in memory that a GPU reads by itself."""
+    size = int(np.prod(shape))
+    return torch.empty(size + 1, dtype=torch.uint8, pin_memory=True)[1:].view(shape).numpy()
 
 
 def _batch(images: Tensor, labels: NDArray[np.int32]) -> Batch:

@@ -8,7 +8,7 @@ import numpy as np
 from pipeline import tables
 from pipeline.params import Face, Train
 from stages.shard.reader import Rows, Split
-from stages.train.augment import Draws, ImageAugmenter, crop_and_flip, draw
+from stages.train.augment import Draws, ImageAugmenter, draw, place
 from stages.train.faces import HEIGHT, decode_into
 
 FACES, EPOCHS, GAP = 8, 7, 4
@@ -41,11 +41,12 @@ def write_sheet(path: Path, split: Split, face: Face, params: Train) -> None:
 
 
 def _as_they_are(count: int, size: tuple[int, int], width: int) -> Draws:
-    zero = np.zeros(count, np.int64)
-    return Draws(zero.astype(bool), zero + (size[0] - HEIGHT) // 2, zero + (size[1] - width) // 2, zero)
+    top, left = (size[0] - HEIGHT) // 2, (size[1] - width) // 2
+    return Draws([False] * count, [top] * count, [left] * count, [0] * count)
 
 
 def _seen(faces: np.ndarray, draws: Draws, width: int) -> np.ndarray:
     out = np.empty((len(faces), HEIGHT, width, 3), np.uint8)
-    crop_and_flip(faces, draws, out)
+    for i, face in enumerate(faces):
+        place(face, draws, i, out[i])
     return out

@@ -28,7 +28,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 
 def everything(split: Split) -> dict[bytes, int]:
     images, labels = Rows(split, 2).read(np.arange(len(split)))
-    return dict(zip(images, labels.tolist(), strict=True))
+    return {bytes(image): label for image, label in zip(images, labels.tolist(), strict=True)}
 
 
 def test_any_rows_in_any_order(made: Path) -> None:

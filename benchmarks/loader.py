@@ -1,0 +1,367 @@
+"""Shards and their loader beside peers: `python benchmarks/loader.py [--only reading,mixing,writing,cleaning]`.
+
+Aligns real photographs (`--faces`: CASIA-WebFace.zip) or takes a folder of the aligned table (`--aligned`), sets up
+the peers in an environment of their own (`--peers`, made on first use), and lets contestants take turns, so that all
+see the same noise: ratios are those of a round. The result goes to benchmarks/results/loader.json, section by section.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import simplejpeg
+import torch
+
+from pipeline import tables
+from pipeline.executor import cores, keep_memory
+from pipeline.params import Params, Shard, Train, load_params
+from stages import shard
+from stages.shard import writer
+from stages.shard.hashes import hash_part, near_pairs
+from stages.shard.reader import Shards
+from stages.train.faces import unaligned
+from stages.train.loader import Loader
+from stages.train.sampling import Uniform
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "loader.json"
+PEERS = ["folder", "RecordIO", "webdataset", "datasets", "mosaicml-streaming"]
+PINNED = ["torch==2.13.0", "simplejpeg==1.9.0", "numpy", "webdataset==1.0.2", "datasets==5.2.0"]
+STREAMING = "mosaicml-streaming==0.13.0"
+"""Installed without what it asks for: an older torch, and torchvision, whose build does not go with the CPU's torch."""
+STREAMING_NEEDS = ["transformers", "brotli", "python-snappy", "zstd", "pillow", "catalogue", "pyyaml", "xxhash<4"]
+PACKAGES = ("torch", "numpy", "simplejpeg", "pyarrow", "imagehash")
+FACES, BATCH, ROUNDS = 20_000, 128, 5
+CASIA_IMAGES, CASIA_IDENTITIES = 494_414, 10_575
+WARM_UP, TIMED = 20, 120
+
+
+def section(params: Params) -> Shard:
+    """The default recipe's, without cleaning or validation: repeated faces are all duplicates."""
+    clean = params.shard.clean.model_copy(update={"min_images": 1, "duplicates": False, "same_names": False})
+    validation = params.shard.validation.model_copy(update={"share": 0.0})
+    return params.shard.model_copy(update={"clean": clean, "validation": validation})
+
+
+def write_aligned(folder: Path, faces: Sequence[bytes], labels: Sequence[int]) -> None:
+    for part, start in enumerate(range(0, len(labels), tables.PART_ROWS)):
+        rows = [
+            {
+                "image_id": f"{label:05d}/{start + i:06d}",
+                "identity": f"{label:05d}",
+                "status": "detected",
+                "sha256": f"{start + i:064x}",
+                "image": faces[(start + i) % len(faces)],
+                "box": [0.0, 0.0, 80.0, 80.0],
+            }
+            for i, label in enumerate(labels[start : start + tables.PART_ROWS])
+        ]
+        table = pa.Table.from_pylist(rows, tables.ALIGNED)
+        tables.write_table(tables.part_path(folder, part), table, tables.ALIGNED)
+
+
+def real_faces(aligned: Path) -> tuple[list[bytes], list[str]]:
+    """The aligned faces of a table, and whose they are."""
+    table = tables.read_parts(aligned, tables.ALIGNED, ["image", "identity"])
+    table = table.filter(table["image"].is_valid())
+    return table["image"].to_pylist(), table["identity"].to_pylist()
+
+
+def reading(faces: list[bytes], people: list[str], peers: Path, work: Path) -> dict[str, Any]:
+    """Images/s to shuffled, flipped uint8 batches, on one core and on two."""
+    number = {name: i for i, name in enumerate(sorted(set(people)))}
+    labels = sorted(number[name] for name in islice(cycle(people), FACES))
+    by_person = [face for _, face in sorted(zip(people, faces, strict=True), key=lambda item: item[0])]
+    write_aligned(work / "aligned", by_person, labels)
+    params = load_params(ROOT / "params.yaml")
+    shard.run(
+        work / "aligned", {}, work / "shards", work / "report", section(params), params.align.face, params.machine
+    )
+    for i, label in enumerate(labels):
+        path = work / "folder" / f"{label:05d}" / f"{i:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(by_person[i % len(by_person)])
+    python = peers / "bin" / "python"
+    script = str(ROOT / "benchmarks" / "loader_peers.py")
+    for name in PEERS[1:]:
+        subprocess.run([python, script, "write", name, str(work)], check=True, stdout=subprocess.DEVNULL)
+    ours = ["decode", "ours", "ours, host cache", "ours, device cache (the CPU)"]
+    versions: dict[str, str] = {}
+    result: dict[str, Any] = {"faces": FACES, "batch": BATCH, "bytes_per_face": round(np.mean([*map(len, faces)]))}
+    for count in (1, 2):
+        rates: dict[str, list[float]] = {name: [] for name in [*ours, *PEERS]}
+        for turn in range(ROUNDS):
+            for name in rates:
+                command = [sys.executable, __file__, "--read", name] if name in ours else [python, script, "read", name]
+                command += [str(work), str(count), str(BATCH)]
+                answer = json.loads(on_cores(count, command).splitlines()[-1])
+                rates[name].append(answer["rate"])
+                versions |= {name: answer["version"]} if name in PEERS else {}
+            print(f"  {count} cores, round {turn}: { ({n: round(r[-1]) for n, r in rates.items()}) }", flush=True)
+        rounds = {name: np.asarray(values) for name, values in rates.items()}
+        best = np.max([rounds[name] for name in PEERS], axis=0)
+        result[f"{count}_cores"] = {
+            "images_per_second": {name: round(float(np.median(values))) for name, values in rounds.items()},
+            "share_of_decode_alone": {name: spread(rounds[name] / rounds["decode"]) for name in rounds},
+            "ours_times_as_fast_as": {name: spread(rounds["ours"] / rounds[name]) for name in PEERS}
+            | {"the fastest peer of each round": spread(rounds["ours"] / best)},
+        }
+    return result | {"peers": versions}
+
+
+def on_cores(count: int, command: Sequence[Any]) -> str:
+    chosen = sorted(os.sched_getaffinity(0))[:count]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=env,
+        text=True,
+        capture_output=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, chosen),
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    low, middle, high = np.min(values), np.median(values), np.max(values)
+    return {"median": round(float(middle), 3), "min": round(float(low), 3), "max": round(float(high), 3)}
+
+
+def read(name: str, work: Path, count: int, batch: int) -> None:
+    """One of our own contestants, in a process of its own."""
+    torch.set_num_threads(1)
+    keep_memory()
+    if name == "decode":
+        print(json.dumps({"rate": decode_alone(work, count)}))
+        return
+    params = load_params(ROOT / "params.yaml")
+    train = Train.model_validate(params.train.model_dump() | {"batch": batch})
+    shards = Shards(str(work / "shards"))
+    cache: Any = {"ours": "none", "ours, host cache": "host"}.get(name, "device")
+    split, cpu = shards.split("train"), torch.device("cpu")
+    loader = iter(Loader(split, shards.index.face, train, cpu, cache=cache, cache_folder=work / "decoded"))
+    for _ in range(WARM_UP):
+        next(loader)
+    started = time.perf_counter()
+    for _ in range(TIMED):
+        assert len(next(loader).labels) == batch
+    print(json.dumps({"rate": TIMED * batch / (time.perf_counter() - started)}))
+
+
+def decode_alone(work: Path, count: int) -> float:
+    """The ceiling: JPEGs in memory to pixels in a batch's buffer, the fastest way we know, a thread a core."""
+    images = tables.read_parts(work / "aligned", tables.ALIGNED, ["image"])["image"].to_pylist()
+    buffer = unaligned((count, BATCH, 112, 112, 3))
+
+    def decode(thread: int) -> None:
+        for i, image in enumerate(images[thread::count]):
+            simplejpeg.decode_jpeg(image, "RGB", buffer=buffer[thread, i % BATCH])
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(decode, range(count)))
+        started = time.perf_counter()
+        list(pool.map(decode, range(count)))
+        return len(images) / (time.perf_counter() - started)
+
+
+def mixing(work: Path) -> dict[str, Any]:
+    """Distinct identities in a batch of 256, from data of CASIA's shape sorted by identity, against the ideal."""
+    rng = np.random.default_rng(0)
+    labels = casia_labels(rng)
+    write_aligned(work / "sorted", [b"x"], labels.tolist())
+    params = load_params(ROOT / "params.yaml")
+    made = section(params)
+    shard.run(work / "sorted", {}, work / "mixed", work / "report", made, params.align.face, params.machine)
+    split = Shards(str(work / "mixed")).split("train")
+    batches = 400
+    ideal = [len(np.unique(rng.choice(labels, 256, replace=False))) for _ in range(batches)]
+    found = {}
+    for epoch in (0, 1):
+        rows, _ = Uniform(split.starts, 1).rows(epoch * len(split), epoch * len(split) + 256 * batches)
+        found[epoch] = np.mean([len(np.unique(split.labels[some])) for some in np.split(rows, batches)])
+    return {
+        "images": CASIA_IMAGES,
+        "identities": CASIA_IDENTITIES,
+        "batches": batches,
+        "distinct_in_256": {"ideal": round(float(np.mean(ideal)), 2)}
+        | {f"epoch {epoch}": round(float(mean), 2) for epoch, mean in found.items()},
+        "share_of_ideal": {f"epoch {epoch}": round(float(mean / np.mean(ideal)), 4) for epoch, mean in found.items()},
+    }
+
+
+def casia_labels(rng: np.random.Generator) -> np.ndarray:
+    """As many images of as many people as CASIA-WebFace has, sorted; some have many, most have few."""
+    weights = rng.lognormal(0, 0.8, CASIA_IDENTITIES)
+    counts = 2 + rng.multinomial(CASIA_IMAGES - 2 * CASIA_IDENTITIES, weights / weights.sum())
+    return np.repeat(np.arange(CASIA_IDENTITIES), counts)
+
+
+def writing(faces: list[bytes], work: Path) -> dict[str, Any]:
+    """CASIA's shape: the two passes against a plain copy of the bytes; memory of each process."""
+    labels = casia_labels(np.random.default_rng(0))
+    write_aligned(work / "casia", faces, labels.tolist())
+    params = load_params(ROOT / "params.yaml")
+    size = sum(path.stat().st_size for path in (work / "casia").iterdir())
+    order = np.random.default_rng(1).permutation(len(labels))
+    rounds = []
+    for turn in range(3):
+        flush()
+        copied = timed(lambda: shutil.copytree(work / "casia", work / "copy"))
+        shutil.rmtree(work / "copy")
+        files = writer.shard_files("train", len(order), 0, 16_384, {})
+        out = work / "out"
+        out.mkdir()
+        flush()
+        watch = Peak()
+        args = (work / "casia", out, files, order, labels.astype(np.int32), params.shard.row_group_rows, params.machine)
+        written = timed(lambda args=args: writer.write_shards(*args))  # type: ignore[misc]
+        rounds.append({"copy_s": round(copied, 1), "write_s": round(written, 1), "peak_mib": watch.stop()})
+        rounds[-1]["times_a_copy"] = round(written / copied, 2)
+        shutil.rmtree(out)
+        print(f"  {turn}: {rounds[-1]}", flush=True)
+    return {"images": len(labels), "gigabytes": round(size / 1e9, 2), "rounds": rounds}
+
+
+def flush() -> None:
+    os.sync()
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds until it is done and on the disk."""
+    started = time.perf_counter()
+    function()
+    flush()
+    return time.perf_counter() - started
+
+
+class Peak:
+    """The largest sum over this process and its descendants of what each has to itself, MiB."""
+
+    def __init__(self) -> None:
+        import threading
+
+        self._peak, self._ended = 0, threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.1):
+            total = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().uss
+                except psutil.Error:  # ended between the listing and the look
+                    continue
+            self._peak = max(self._peak, total)
+
+    def stop(self) -> int:
+        self._ended.set()
+        self._watcher.join()
+        return round(self._peak / 2**20)
+
+
+def cleaning(aligned: Path) -> dict[str, Any]:
+    """Hashing, and finding near duplicates among as many faces as CASIA-WebFace has."""
+    started = time.perf_counter()
+    hashes = np.concatenate([hash_part(path) for path in tables.parts(aligned)])
+    hashing = (time.perf_counter() - started) / len(hashes)
+    hashes = hashes[hashes.any(axis=1)]
+    rng = np.random.default_rng(0)
+    rows = []
+    for count in (len(hashes), 100_000, CASIA_IMAGES):
+        # real hashes, each with 40 of its bits changed: as uneven as real ones, but no near duplicates of each other
+        some = hashes[np.arange(count) % len(hashes)].copy()
+        if count > len(hashes):
+            flips = np.zeros((count, 256), np.uint8)
+            for row in flips:
+                row[rng.permutation(256)[:40]] = 1
+            some ^= np.packbits(flips, axis=1).view(np.uint64)
+        started = time.perf_counter()
+        pairs, _ = near_pairs(some, 24)
+        rows.append({"faces": count, "pairs": len(pairs), "seconds": round(time.perf_counter() - started, 1)})
+        print(f"  {rows[-1]}", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"hashing_ms_a_face": round(1000 * hashing, 3), "near_pairs": rows, "peak_mib": round(peak)}
+
+
+def environment_of_peers(folder: Path) -> Path:
+    if not (folder / "complete").exists():
+        print(f"setting up the peers in {folder}", flush=True)
+        venv.create(folder, with_pip=True, clear=True)
+        install = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q"]
+        subprocess.run([*install, *PINNED, *STREAMING_NEEDS], check=True)
+        subprocess.run([*install, "--no-deps", STREAMING], check=True)
+        (folder / "complete").touch()
+    return folder
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--read"]:
+        read(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="reading,mixing,writing,cleaning")
+    parser.add_argument("--faces", type=Path, default=ROOT.parent / "shared" / "faces")
+    parser.add_argument("--aligned", type=Path, help="a folder of the aligned table, instead of --faces")
+    parser.add_argument("--peers", type=Path, default=ROOT / ".peers" / "loader")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        aligned = arguments.aligned or align_training(arguments.faces, work)
+        faces, people = real_faces(aligned)
+        sections: dict[str, Callable[[], dict[str, Any]]] = {
+            "reading": lambda: reading(faces, people, environment_of_peers(arguments.peers), work),
+            "mixing": lambda: mixing(work),
+            "writing": lambda: writing(faces, work),
+            "cleaning": lambda: cleaning(aligned),
+        }
+        for wanted in arguments.only.split(","):
+            print(f"{wanted} ...", flush=True)
+            keep(wanted, sections[wanted]())
+
+
+def align_training(faces: Path, work: Path) -> Path:
+    """The aligned table of the real photographs."""
+    from pipeline.params import Archive
+    from stages import align, download
+
+    params = load_params(ROOT / "params.yaml")
+    location = str(faces / "CASIA-WebFace.zip")
+    source = Archive(source="archive", watch=[], location=location, sha256=None, pairs=None, pairs_sha256=None)
+    download.run("train", source, work / "raw", params.machine, work / "downloads")
+    align.run(work / "raw", work / "real", params.align, params.machine, evaluation=False, report=work / "report")
+    return work / "real"
+
+
+def keep(name: str, result: dict[str, Any]) -> None:
+    content = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    content |= {
+        "machine": {"cores": cores(), "processor": platform.machine()},
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        name: result,
+    }
+    RESULT.write_text(json.dumps(content, indent=2) + "\n")
+    print(json.dumps(result, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
