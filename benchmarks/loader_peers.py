@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -140,7 +140,7 @@ def streaming() -> Any:
     """mosaicml-streaming, which imports torchvision for data sets that are not used here."""
 
     class Anything(types.ModuleType):
-        __path__: ClassVar[list[str]] = []
+        __path__ = ()  # type: ignore[assignment]
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__"):

@@ -355,6 +355,15 @@ class Evaluate(Section):
     """False accept rates at which the true accept rate is reported."""
 
 
+class Audit(Section):
+    """What the trained model suspects of its training set; listed, never acted upon."""
+
+    label_margin: Annotated[float, Field(ge=0, le=2)]
+    """An image is suspect whose cosine to another identity's centre is so much above that to its own."""
+    overlap: Annotated[float, Field(ge=-1, le=1)]
+    """A training identity is suspect whose centre has so high a cosine to that of a person of an evaluation set."""
+
+
 class Machine(Section):
     """What runs where. Changes nothing that comes out, so no stage depends on it."""
 
@@ -387,6 +396,7 @@ class Params(Section):
     shard: Shard
     train: Train
     evaluate: Evaluate
+    audit: Audit
     machine: Machine
     tracking: Tracking
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MODEL_TAG = "model.sha256"
-RECORDED = ("download", "align", "shard", "train", "evaluate")
+RECORDED = ("download", "align", "shard", "train", "evaluate", "audit")
 """Sections of params.yaml that decide what comes out."""
 FLUSH_SECONDS = 5
 """Metrics wait at most about this long in memory before they are sent, many at a time."""

@@ -16,7 +16,7 @@ import ruamel.yaml
 
 ROOT = Path(__file__).parents[1]
 DATA_STAGES = {"download@train", "download@lfw", "download@ytf", "align@train", "align@lfw", "align@ytf", "shard"}
-MODEL_STAGES = {"train", "evaluate@lfw", "evaluate@ytf", "report"}
+MODEL_STAGES = {"train", "evaluate@lfw", "evaluate@ytf", "audit", "report"}
 
 TINY: dict[str, dict[str, Any]] = {
     "download.train": {"identities": 10, "images": 8},
@@ -107,6 +107,7 @@ def test_every_output_is_there(project: Path) -> None:
         "reports/align/lfw/metrics.json",
         "reports/align/train/metrics.json",
         "reports/align/ytf/metrics.json",
+        "reports/audit/metrics.json",
         "reports/lfw/metrics.json",
         "reports/shard/metrics.json",
         "reports/ytf/metrics.json",

@@ -52,12 +52,13 @@ class Frames:
         return sum(int((rows >= 0).sum()) for rows in self.template)
 
 
-def choose_frames(aligned: Path, names: list[str]) -> Frames:
+def choose_frames(aligned: Path, names: list[str], *, by_image: bool = False) -> Frames:
     """Find the frames of each named template, without reading an image.
 
     Args:
         aligned: folder of an aligned table.
         names: image ids (stills) or videos, each once.
+        by_image: names are image ids even where there are videos.
 
     Raises:
         EvaluationError: a name is not in the table.
@@ -67,7 +68,8 @@ def choose_frames(aligned: Path, names: list[str]) -> Frames:
     template, status = [], []
     for path in tables.parts(aligned):
         part = tables.read_table(path, tables.ALIGNED, KEYS)
-        index = pc.index_in(pc.coalesce(part["video"], part["image_id"]), value_set=wanted)
+        key = part["image_id"] if by_image else pc.coalesce(part["video"], part["image_id"])
+        index = pc.index_in(key, value_set=wanted)
         template.append(index.fill_null(-1).to_numpy().astype(np.int64))
         status.append(np.asarray(part["status"].to_pylist(), object))
 

@@ -24,7 +24,14 @@ from stages.evaluate.embed import choose_frames
 from stages.evaluate.verification import Metrics, evaluate
 
 PROTOCOLS = {"lfw": "LFW", "ytf": "YTF"}
-SHOWN_SECTIONS = ("download", "align", "shard", "train", "evaluate")  # the others change nothing that comes out
+SHOWN_SECTIONS = (
+    "download",
+    "align",
+    "shard",
+    "train",
+    "evaluate",
+    "audit",
+)  # the others change nothing that comes out
 WORST = 6
 SAMPLE_IDENTITIES, SAMPLE_FACES = 6, 6
 COUNTS = ("images", "detected", "fallback", "no_face", "unreadable", "several_faces")
@@ -77,8 +84,8 @@ def build(reports: Path, models: Path, aligned: Path, out: Path, params: Params)
     """Write the page and return the verdict, a line a protocol.
 
     Args:
-        reports: folder with `align/<set>/metrics.json`, `shard/metrics.json` and, for each protocol,
-            `<set>/scores.parquet` and `metrics.json`.
+        reports: folder with `align/<set>/metrics.json`, `shard/metrics.json`, `audit/metrics.json` and, for each
+            protocol, `<set>/scores.parquet` and `metrics.json`.
         models: folder with history.csv, train.json and faces.png.
         aligned: folder of the aligned sets.
         out: the page.
@@ -100,6 +107,7 @@ def build(reports: Path, models: Path, aligned: Path, out: Path, params: Params)
         counts=[{"set": name} | _counts(_alignment(reports, name)) for name in SETS],
         left_out={name: count for name, count in _shards(reports)["dropped"].items() if count},
         shards=_shards(reports),
+        audit=_read_json(reports / "audit" / "metrics.json"),
         seen=pages.data_uri((models / "faces.png").read_bytes(), "image/png"),
         samples=_samples(aligned / "train"),
         parameters={name: flatten(getattr(params, name), name) for name in SHOWN_SECTIONS},

@@ -131,7 +131,7 @@ class Shards:
 
 
 class Split:
-    """The examples of a split, numbered in the order of the files, read by row groups."""
+    """The examples of a split, numbered in the order of the files, read by row groups. Threads may share it."""
 
     def __init__(self, place: Place, files: Sequence[File], row_group_rows: int) -> None:
         self._place = place
@@ -146,6 +146,8 @@ class Split:
         self.starts: NDArray[np.int64] = np.cumsum([0, *sizes], dtype=np.int64)
         """(groups + 1,): the first row of each group, and the number of all."""
         self._open = lru_cache(maxsize=64)(place.open)
+        self._reading = Lock()
+        """pyarrow's files serve one thread at a time."""
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -161,11 +163,13 @@ class Split:
         Raises:
             TableError: the file is not there, not readable, or not what the index says.
         """
-        name, index = self._groups[group]
+        with self._reading:
+            return self._read(*self._groups[group], int(self.starts[group + 1] - self.starts[group]))
+
+    def _read(self, name: str, index: int, expected: int) -> pa.Table:
         file = self._open(name)
         if not file.schema_arrow.equals(EXAMPLES):
             raise TableError(f"{self._place.path}/{name}: has columns {file.schema_arrow.names}, not {EXAMPLES.names}")
-        expected = int(self.starts[group + 1] - self.starts[group])
         if index >= file.num_row_groups or file.metadata.row_group(index).num_rows != expected:
             raise TableError(f"{self._place.path}/{name}: row group {index} has not the {expected} rows it should have")
         return file.read_row_group(index)
@@ -180,7 +184,8 @@ class Split:
     def labels(self) -> NDArray[np.int32]:
         """(rows,), read without the images."""
         names = dict.fromkeys(name for name, _ in self._groups)
-        columns = [self._open(name).read(columns=["label"])["label"].to_numpy() for name in names]
+        with self._reading:
+            columns = [self._open(name).read(columns=["label"])["label"].to_numpy() for name in names]
         return np.concatenate(columns) if columns else np.empty(0, np.int32)
 
 

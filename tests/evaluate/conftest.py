@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -85,8 +86,16 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     save_model(made.models, build_model(BACKBONE), nn.Linear(2, 2), {"backbone": BACKBONE.model_dump()})
     (made.models / "train.json").write_text(json.dumps({"iterations": 30, "images": 1234, "identities": 8}))
     (made.models / "history.csv").write_text(
-        "iteration,loss,accuracy,learning_rate,val_accuracy\n10,20.5,0.2,0.1,\n20,12,0.6,0.1,0.5\n30,9,0.8,0.01,0.7\n"
+        "iteration,loss,accuracy,learning_rate,val_accuracy,val_auc\n"
+        "10,20.5,0.2,0.1,,\n20,12,0.6,0.1,0.5,\n30,9,0.8,0.01,0.7,\n"
     )
+    cv2.imwrite(str(made.models / "faces.png"), face_like(0, 0))
+    for name, found in (
+        ("shard", {"train": 1234, "val": 56, "identities": 8, "dropped": {"no_face": 6, "duplicate": 0}}),
+        ("audit", {"images": 1234, "suspected_labels": 9, "suspected_overlaps": 2}),
+    ):
+        (made.reports / name).mkdir(parents=True)
+        (made.reports / name / "metrics.json").write_text(json.dumps(found))
     for name in ("train", "lfw", "ytf"):
         counts = dict(images=4321, detected=4300, fallback=10, no_face=6, unreadable=5, several_faces=77)
         (made.reports / "align" / name).mkdir(parents=True, exist_ok=True)

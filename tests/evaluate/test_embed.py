@@ -102,7 +102,7 @@ def test_absent_image_is_named(tmp_path: Path) -> None:
 def test_broken_image_names_its_part(tmp_path: Path) -> None:
     write_rows(tmp_path, [row("1/0") | {"image": b"\xff\xd8 no picture"}])
     frames = embed.choose_frames(tmp_path, ["1/0"])
-    with pytest.raises(EvaluationError, match=r"part-00000.parquet: 13 bytes that are no image"):
+    with pytest.raises(EvaluationError, match=r"part-00000.parquet: 13 bytes that are no JPEG"):
         embed.templates(Corners(), tmp_path, frames, batch=2, flip=True, device=CPU)
 
 

@@ -163,7 +163,7 @@ def test_pair_without_image_is_shown_as_such(
 
 
 def test_missing_history_is_named(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
-    for name in ("train.json", "model.json"):
+    for name in ("train.json", "model.json", "faces.png"):
         (tmp_path / name).write_bytes((workspace.models / name).read_bytes())
     (tmp_path / "history.csv").write_text("iteration,loss\n1,2\n")
     with pytest.raises(EvaluationError, match=r"history\.csv: has columns"):

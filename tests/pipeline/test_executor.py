@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def machine(**changes: Any) -> Machine:
-    plain = {"executor": "local", "workers": 2, "threads": 1, "memory": 0.5, "device": "cpu"}
+    plain = {"executor": "local", "workers": 2, "threads": 1, "memory": 0.5, "device": "cpu", "cache": "none"}
     return Machine.model_validate(plain | changes)
 
 

@@ -80,7 +80,8 @@ def test_a_training_run_says_what_it_was(project: Path, tracked: Params) -> None
     assert found.data.params["train.head.scale"] == "64.0"
     assert found.data.params["train.head.margin"] == "0.35"
     assert found.data.params["download.lfw.folds"] == "10"
-    assert {key.split(".")[0] for key in found.data.params} == {"download", "align", "shard", "train", "evaluate"}
+    sections = {"download", "align", "shard", "train", "evaluate", "audit"}
+    assert {key.split(".")[0] for key in found.data.params} == sections
     tags = found.data.tags
     assert (tags["git.commit"], tags["git.dirty"]) == (head, "false")
     assert tags["dvc.lock"] == hashlib.sha256(b"schema: '2.0'\n").hexdigest()

@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -42,6 +43,15 @@ def test_any_rows_in_any_order(made: Path) -> None:
     assert (labels == split.labels[some]).all()
     expected = {jpeg(face_like(label, photo)): label for label, count in enumerate((9, 7, 8)) for photo in range(count)}
     assert everything(split) | everything(Shards(str(made)).split("val")) == expected
+
+
+def test_threads_may_share_it(tmp_path: Path) -> None:
+    made = write_shards(tmp_path, [40] * 10, shard_section(shard_rows=64, row_group_rows=2))
+    split = Shards(str(made)).split("train")
+    expected = [split.read(group) for group in range(split.groups)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(split.read, [*range(split.groups)] * 5))
+    assert all(table.equals(expected[i % split.groups]) for i, table in enumerate(found))
 
 
 def test_an_address_is_as_good_as_a_folder(made: Path) -> None:

@@ -1,0 +1,282 @@
+"""`python -m stages.evaluate.audit`: what the trained model makes of the data it was trained on → reports/audit.
+
+Two things that only a model sees: training images that look more like another identity than like their own, and
+training identities that look like people of the test sets. Both are suspicions, listed with pictures for a person to
+judge. suspects.csv has the columns of `shard.clean.exclude`: what is copied there is left out next time.
+"""
+
+import csv
+import io
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+
+from pipeline import pages, tables
+from pipeline.entry import stage
+from pipeline.executor import choose_device, keep_memory
+from pipeline.params import Audit, Machine, Params
+from pipeline.progress import bar
+from pipeline.tracking import training_run_of
+from stages.evaluate import embed
+from stages.train.model import FaceModel, load_model
+
+log = logging.getLogger(__name__)
+
+_BATCH, _BLOCK = 128, 4096
+_PER_IDENTITY = 10
+"""Images of a person of a test set, at most, that make up their centre; evenly spaced."""
+_SHOWN = 60
+"""Suspicions of each kind on the page; suspects.csv has all."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The faces of a set, (n, D) float16 unit vectors, identity by identity."""
+
+    image_id: list[str]
+    names: list[str]
+    """Of the identities, in order."""
+    code: NDArray[np.intp]
+    """(n,) the identity of each image."""
+    vectors: NDArray[np.float16]
+
+    def centres(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(identities, D) sums of the vectors, and these normalised."""
+        sums = np.zeros((len(self.names), self.vectors.shape[1]), np.float32)
+        for start in range(0, len(self.code), _BLOCK):
+            np.add.at(sums, self.code[start : start + _BLOCK], self.vectors[start : start + _BLOCK].astype(np.float32))
+        return sums, _normalised(sums)
+
+    def typical(self, identity: int, centre: NDArray[np.float32]) -> str:
+        """The image of an identity that is nearest to its centre."""
+        mine = np.flatnonzero(self.code == identity)
+        return self.image_id[int(mine[np.argmax(self.vectors[mine].astype(np.float32) @ centre)])]
+
+
+Picture = tuple[str, str, str]
+"""Set, image id, caption."""
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """An image (or, by its most typical image, an identity), and what it looks like."""
+
+    image_id: str
+    """Empty where the whole identity is meant."""
+    identity: str
+    reason: str
+    score: float
+    """By which they are ordered, the strongest first."""
+    pictures: list[Picture]
+    """What to compare; of those that the page shows."""
+
+
+def run(
+    aligned: Path, sets: Sequence[str], shards: Path, models: Path, out: Path, params: Audit, machine: Machine
+) -> dict[str, Any]:
+    """Write suspects.csv, metrics.json and index.html.
+
+    Args:
+        aligned: folder of the aligned sets, `train` among them.
+        sets: names of the evaluation sets there.
+        shards: folder with dropped.parquet; what is left out already is not suspected again.
+        models: folder of the trained model.
+        out: where they go.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        TableError: a table is absent or incomplete.
+        ModelError: there is no usable model.
+    """
+    device = choose_device(machine.device)
+    model = load_model(models, device)
+    dropped = tables.read_table(shards / "dropped.parquet", tables.DROPPED, ["image_id"])["image_id"]
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".audit-") as folder:
+        train = _embedded(aligned / "train", model, device, Path(folder), without=dropped)
+        sums, centres = train.centres()
+        labels = suspected_labels(train, sums, centres, params.label_margin)
+        overlaps = []
+        for name in sets:
+            known = _embedded(aligned / name, model, device, Path(folder), most=_PER_IDENTITY)
+            overlaps += suspected_overlaps(name, train, centres, known, params.overlap)
+    overlaps.sort(key=lambda item: -item.score)
+    _list(out / "suspects.csv", [*overlaps, *labels])
+    metrics = {"images": len(train.code), "suspected_labels": len(labels), "suspected_overlaps": len(overlaps)}
+    with tables.atomic(out / "metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=2) + "\n")
+    log.info("audit: %d labels and %d identities are suspect: %s", len(labels), len(overlaps), out / "index.html")
+    pages.render(
+        Path(__file__).parent / "audit.html.j2",
+        out / "index.html",
+        metrics=metrics,
+        params=params,
+        labels=_shown(labels, aligned),
+        overlaps=_shown(overlaps, aligned),
+    )
+    return metrics
+
+
+def suspected_labels(
+    train: Embedded, sums: NDArray[np.float32], centres: NDArray[np.float32], margin: float
+) -> list[Suspicion]:
+    """Images whose cosine to the centre of another identity is at least `margin` above that to their own.
+
+    An identity's own centre is computed without the image itself; one of a single image has none, and is not suspected.
+    """
+    found = []
+    counts = np.bincount(train.code, minlength=len(train.names))
+    for start in range(0, len(train.code), _BLOCK):
+        vectors = train.vectors[start : start + _BLOCK].astype(np.float32)
+        code = train.code[start : start + _BLOCK]
+        own = np.einsum("nd,nd->n", vectors, _normalised(sums[code] - vectors))
+        cosines = vectors @ centres.T
+        cosines[np.arange(len(code)), code] = -np.inf
+        other = cosines.argmax(axis=1)
+        excess = cosines[np.arange(len(code)), other] - own
+        for i in np.flatnonzero((excess >= margin) & (counts[code] > 1)).tolist():
+            found.append((float(excess[i]), start + i, float(own[i]), int(other[i])))
+    found.sort(key=lambda item: (-item[0], item[1]))
+    suspicions: list[Suspicion] = []
+    for excess, row, mine, other in found:
+        image, own_name, looks = train.image_id[row], train.names[train.code[row]], train.names[other]
+        reason = f"cosine {mine:.2f} to its own identity, {mine + excess:.2f} to {looks}"
+        pictures: list[Picture] = []
+        if len(suspicions) < _SHOWN:
+            pictures = [
+                ("train", image, image),
+                ("train", train.typical(int(train.code[row]), centres[train.code[row]]), own_name),
+                ("train", train.typical(other, centres[other]), looks),
+            ]
+        suspicions.append(Suspicion(image, own_name, reason, excess, pictures))
+    return suspicions
+
+
+def suspected_overlaps(
+    name: str, train: Embedded, centres: NDArray[np.float32], known: Embedded, least: float
+) -> list[Suspicion]:
+    """Training identities whose centre has a cosine of at least `least` to that of a person of an evaluation set.
+
+    Each by the person who is nearest.
+    """
+    _, theirs = known.centres()
+    found = []
+    for start in range(0, len(centres), _BLOCK):
+        cosines = centres[start : start + _BLOCK] @ theirs.T
+        person = cosines.argmax(axis=1)
+        score = cosines[np.arange(len(person)), person]
+        found += [(float(score[i]), start + i, int(person[i])) for i in np.flatnonzero(score >= least).tolist()]
+    found.sort(key=lambda item: (-item[0], item[1]))
+    suspicions: list[Suspicion] = []
+    for score_of, identity, whom in found:
+        pictures: list[Picture] = []
+        if len(suspicions) < _SHOWN:
+            pictures = [
+                ("train", train.typical(identity, centres[identity]), train.names[identity]),
+                (name, known.typical(whom, theirs[whom]), f"{name}: {known.names[whom]}"),
+            ]
+        reason = f"cosine {score_of:.2f} to {name}: {known.names[whom]}"
+        suspicions.append(Suspicion("", train.names[identity], reason, score_of, pictures))
+    return suspicions
+
+
+def _embedded(
+    aligned: Path,
+    model: FaceModel,
+    device: torch.device,
+    folder: Path,
+    without: pa.ChunkedArray | None = None,
+    most: int | None = None,
+) -> Embedded:
+    """Embed the detected faces of a set but those `without`, at most `most` of each identity; vectors lie in a file."""
+    table = tables.read_parts(aligned, tables.ALIGNED, ["image_id", "identity", "status"])
+    wanted = pc.equal(table["status"], "detected").to_numpy()
+    if without is not None:
+        wanted &= ~pc.is_in(table["image_id"], without.combine_chunks()).to_numpy()
+    if most is not None:
+        wanted[wanted] = _spread(np.asarray(table["identity"].filter(pa.array(wanted)).to_pylist(), object), most)
+    table = table.filter(pa.array(wanted))
+    names, code = np.unique(np.asarray(table["identity"].to_pylist(), object), return_inverse=True)
+    frames = embed.choose_frames(aligned, table["image_id"].to_pylist(), by_image=True)
+    vectors: NDArray[np.float16] | None = None
+    with bar(total=len(table), label=f"{aligned.name}: embedding", unit="images") as shown:
+        for row, pixels in embed.batches(aligned, frames, _BATCH, model.width):
+            of_batch = embed.embed(model, torch.from_numpy(np.ascontiguousarray(pixels)).to(device), flip=False)
+            if vectors is None:
+                shape = len(table), of_batch.shape[1]
+                vectors = np.memmap(folder / f"{aligned.name}.float16", np.float16, "w+", shape=shape)
+            vectors[row] = of_batch.cpu().numpy().astype(np.float16)
+            shown.update(len(row))
+    if vectors is None:
+        raise tables.TableError(f"{aligned}: not one detected face")
+    return Embedded(table["image_id"].to_pylist(), names.tolist(), code, vectors)
+
+
+def _spread(identities: NDArray[np.object_], most: int) -> NDArray[np.bool_]:
+    """At most `most` rows of each identity, evenly spaced among its rows."""
+    _, code, counts = np.unique(identities, return_inverse=True, return_counts=True)
+    order = np.argsort(code, kind="stable")
+    rank = np.empty(len(code), np.intp)
+    rank[order] = np.arange(len(code)) - np.repeat(np.cumsum(counts) - counts, counts)
+    step = counts[code]
+    # the first row of each of `most` equal stretches
+    chosen: NDArray[np.bool_] = (step <= most) | (rank * most // step != (rank - 1) * most // step)
+    return chosen
+
+
+def _normalised(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float32)
+
+
+def _list(path: Path, suspicions: list[Suspicion]) -> None:
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(["image_id", "identity", "reason"])
+    writer.writerows([item.image_id, item.identity, item.reason] for item in suspicions)
+    with tables.atomic(path) as temporary:
+        temporary.write_text(lines.getvalue(), encoding="utf-8")
+
+
+def _shown(suspicions: list[Suspicion], aligned: Path) -> list[dict[str, Any]]:
+    """The first of them with their pictures as data URIs."""
+    shown = suspicions[:_SHOWN]
+    wanted = {(of, image) for item in shown for of, image, _ in item.pictures}
+    uris: dict[tuple[str, str], str] = {}
+    for name in {of for of, _ in wanted}:
+        ids = tables.read_parts(aligned / name, tables.ALIGNED, ["image_id"])["image_id"]
+        images = [image for of, image in wanted if of == name]
+        rows = pc.index_in(pa.array(images), value_set=ids.combine_chunks()).to_pylist()
+        pictures = tables.read_images(aligned / name, tables.ALIGNED, rows)
+        uris |= {(name, image): pages.data_uri(pictures[row]) for image, row in zip(images, rows, strict=True)}
+    return [
+        {"item": item, "pictures": [(uris[of, image], caption) for of, image, caption in item.pictures]}
+        for item in shown
+    ]
+
+
+def main(params: Params) -> None:
+    """Audit the training set by the model of this folder."""
+    keep_memory()
+    aligned, models, out = Path("data/aligned"), Path("models"), Path("reports/audit")
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = run(aligned, ("lfw", "ytf"), Path("data/shards"), models, out, params.audit, params.machine)
+    with training_run_of(models, params) as tracker:
+        tracker.log_metrics({f"audit/{name}": value for name, value in metrics.items()})
+        for name in ("suspects.csv", "index.html"):
+            tracker.log_artifact(out / name, "audit")
+
+
+if __name__ == "__main__":
+    stage(main)
