@@ -103,12 +103,13 @@ def test_what_is_found_in_a_photograph_does_not_depend_on_what_it_is_batched_wit
 
 
 @settings_of_hypothesis(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.integers(12, 90), st.integers(12, 90)), min_size=1, max_size=12))
-def test_a_canvas_changes_nothing_of_what_lies_on_it(sizes: list[tuple[int, int]]) -> None:
+@given(st.lists(st.tuples(st.integers(12, 90), st.integers(12, 90)), min_size=1, max_size=12), st.sampled_from([1, 2]))
+def test_a_canvas_changes_nothing_of_what_lies_on_it(sizes: list[tuple[int, int]], threads: int) -> None:
     """P-Net on photographs that share a canvas against each on the same canvas alone, to the bit, and against each
     without a canvas, to rounding.
     """
     find = detector()
+    torch.set_num_threads(threads)
     height, width = (-(-max(sides) // mtcnn._GRAIN) * mtcnn._GRAIN for sides in zip(*sizes, strict=True))
     rng = np.random.default_rng(sizes[0])
     canvas = np.zeros((len(sizes), height, width, 3), np.uint8)
