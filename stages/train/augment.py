@@ -32,7 +32,8 @@ import albumentations as A
 class Draws:
     """What befalls each of n images."""
 
-    flip: list[bool]
+    flips: int
+    """The first so many are mirrored: together, so that it takes one call."""
     top: list[int]
     left: list[int]
     """Corner of what the network sees in the aligned face, pixels."""
@@ -47,13 +48,20 @@ def draw(
     rows: NDArray[np.int64],
     size: tuple[int, int],
     width: int,
-) -> Draws:
-    """The draws of some examples, of faces of `size` (height, width) for a network that sees 112×width of them."""
+) -> tuple[NDArray[np.int64], Draws]:
+    """The draws of some examples, of faces of `size` (height, width) for a network that sees 112×width of them.
+
+    Returns:
+        The rows in their new order, those to be mirrored first; and what befalls them in that order.
+    """
     u = uniforms(seed, epochs, rows, 4)
+    flip = u[:, 0] < params.horizontal_flip
+    order = np.argsort(~flip, kind="stable")
+    u = u[order]
     steps = 2 * params.shift + 1
     top, left = (np.floor(u[:, i] * steps).astype(np.int64) - params.shift for i in (1, 2))
-    return Draws(
-        flip=(u[:, 0] < params.horizontal_flip).tolist(),
+    return rows[order], Draws(
+        flips=int(flip.sum()),
         top=(top + (size[0] - HEIGHT) // 2).tolist(),
         left=(left + (size[1] - width) // 2).tolist(),
         seed=np.floor(u[:, 3] * 2**32).astype(np.int64).tolist(),
@@ -95,25 +103,24 @@ def _ratio(width: int) -> tuple[float, float]:
     return 0.9 * width / HEIGHT, 1.1 * width / HEIGHT
 
 
-def place(face: NDArray[np.uint8], draws: Draws, i: int, out: NDArray[np.uint8]) -> None:
+def crop(face: NDArray[np.uint8], draws: Draws, i: int, out: NDArray[np.uint8]) -> None:
     """What the network sees of the i-th face (H, W, 3), into its own array `out` (112, width, 3)."""
     top, left = draws.top[i], draws.left[i]
-    seen = face[top : top + out.shape[0], left : left + out.shape[1]]
-    if draws.flip[i]:
-        cv2.flip(seen, 1, dst=out)
-    else:
-        out[:] = seen
+    out[:] = face[top : top + out.shape[0], left : left + out.shape[1]]
 
 
-def place_all(faces: Tensor, draws: Draws, width: int) -> Tensor:
-    """The same of a batch (n, H, W, 3), on the device where it lies: (n, 112, width, 3)."""
-    n, height, device = len(faces), faces.shape[1], faces.device
-    if (height, faces.shape[2]) == (HEIGHT, width):
-        flipped = torch.from_numpy(np.flatnonzero(draws.flip)).to(device, non_blocking=True)
-        return faces.index_copy(0, flipped, faces[flipped].flip(2))
-    top, left, flip = (torch.tensor(x).to(device, non_blocking=True) for x in (draws.top, draws.left, draws.flip))
-    down, across = torch.arange(HEIGHT, device=device), torch.arange(width, device=device)
-    across = torch.where(flip[:, None], across.flip(0), across)
-    rows = (top[:, None] + down)[:, :, None]
-    columns = (left[:, None] + across)[:, None, :]
-    return faces[torch.arange(n, device=device)[:, None, None], rows, columns]
+def flip_first(images: NDArray[np.uint8], count: int) -> None:
+    """Mirror the first of images (n, height, width, 3), contiguous, in place: they lie one above the other as one."""
+    if count:
+        tall = images[:count].reshape(-1, *images.shape[2:])
+        cv2.flip(tall, 1, dst=tall)
+
+
+def crop_and_flip(faces: Tensor, draws: Draws, width: int) -> Tensor:
+    """Both for a batch of faces (n, H, W, 3), on the device where it lies: (n, 112, width, 3)."""
+    if tuple(faces.shape[1:3]) != (HEIGHT, width):
+        top, left = (torch.tensor(x).to(faces.device, non_blocking=True) for x in (draws.top, draws.left))
+        rows = (top[:, None] + torch.arange(HEIGHT, device=faces.device))[:, :, None]
+        columns = (left[:, None] + torch.arange(width, device=faces.device))[:, None, :]
+        faces = faces[torch.arange(len(faces), device=faces.device)[:, None, None], rows, columns]
+    return torch.cat([faces[: draws.flips].flip(2), faces[draws.flips :]])

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from pipeline.executor import cores
 from pipeline.params import BalancedSampling, Face, Train
 from pipeline.tables import TableError
 from stages.shard.reader import Rows, Split
-from stages.train.augment import Draws, ImageAugmenter, draw, place, place_all
+from stages.train.augment import Draws, ImageAugmenter, crop, crop_and_flip, draw, flip_first
 from stages.train.cache import device_cache, host_cache
 from stages.train.faces import HEIGHT, FaceError, decode_into, unaligned
 from stages.train.sampling import POOL_GROUPS, Balanced, Sampling, Uniform
@@ -168,12 +167,13 @@ class _Builder:
         start = iteration * params.batch + of._rank * share
         rows, epochs = of._sampling.rows(start, start + share)
         width = params.backbone.width
-        draws = draw(params.augment, params.seed, epochs, rows, size, width)
+        rows, draws = draw(params.augment, params.seed, epochs, rows, size, width)
         if of._on_device is not None:
             faces = of._on_device.index_select(0, torch.from_numpy(rows).to(of._on_device.device))
-            return _batch(place_all(faces, draws, width), of._labels[rows])
+            return _batch(crop_and_flip(faces, draws, width), of._labels[rows])
         out = _pinned((share, HEIGHT, width, 3)) if self._pin else unaligned((share, HEIGHT, width, 3))
         labels = self._fill(out, rows, draws)
+        flip_first(out, draws.flips)
         if params.augment.by_image:
             if not hasattr(self._local, "augmenter"):
                 self._local.augmenter = ImageAugmenter(params.augment, width)
@@ -183,22 +183,23 @@ class _Builder:
     def _fill(self, out: NDArray[np.uint8], rows: NDArray[np.int64], draws: Draws) -> NDArray[np.int32]:
         """Put what the network sees of some rows where it belongs; their labels."""
         of = self._of
+        whole = of._face.size == out.shape[1:3]
         if of._host is not None:
-            for i, row in enumerate(rows.tolist()):
-                place(of._host[row], draws, i, out[i])
+            if whole:
+                np.take(of._host, rows, axis=0, out=out, mode="clip")
+            else:
+                for i, row in enumerate(rows.tolist()):
+                    crop(of._host[row], draws, i, out[i])
             return of._labels[rows]
         images, labels = self._rows.read(rows)
-        whole = of._face.size == out.shape[1:3]
         aside = unaligned((*of._face.size, 3))
-        for i, (image, target, flip) in enumerate(zip(images, out, draws.flip, strict=True)):
+        for i, image in enumerate(images):
             try:
-                decode_into(image, target if whole else aside)
+                decode_into(image, out[i] if whole else aside)
             except FaceError as error:
                 raise FaceError(f"{of._split.name(int(rows[i]))}: {error}") from error
             if not whole:
-                place(aside, draws, i, target)
-            elif flip:  # at once, while it is still in the processor's cache
-                cv2.flip(target, 1, dst=target)
+                crop(aside, draws, i, out[i])
         return labels
 
 

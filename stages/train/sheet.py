@@ -8,7 +8,7 @@ import numpy as np
 from pipeline import tables
 from pipeline.params import Face, Train
 from stages.shard.reader import Rows, Split
-from stages.train.augment import Draws, ImageAugmenter, draw, place
+from stages.train.augment import ImageAugmenter, crop, draw, flip_first
 from stages.train.faces import HEIGHT, decode_into
 
 FACES, EPOCHS, GAP = 8, 7, 4
@@ -23,14 +23,18 @@ def write_sheet(path: Path, split: Split, face: Face, params: Train) -> None:
     faces = np.empty((count, *size, 3), np.uint8)
     for i, image in enumerate(images):
         decode_into(image, faces[i])
-    columns = [_seen(faces, _as_they_are(count, size, width), width)]
+    top, left = (size[0] - HEIGHT) // 2, (size[1] - width) // 2
+    columns = [np.ascontiguousarray(faces[:, top : top + HEIGHT, left : left + width])]
     augmenter = ImageAugmenter(params.augment, width)
     for epoch in range(EPOCHS):
-        draws = draw(params.augment, params.seed, np.full(count, epoch), rows, size, width)
-        seen = _seen(faces, draws, width)
+        order, draws = draw(params.augment, params.seed, np.full(count, epoch), rows, size, width)
+        seen = np.empty((count, HEIGHT, width, 3), np.uint8)
+        for i, row in enumerate(order.tolist()):
+            crop(faces[row], draws, i, seen[i])
+        flip_first(seen, draws.flips)
         if params.augment.by_image:
             augmenter(seen, draws.seed)
-        columns.append(seen)
+        columns.append(seen[np.argsort(order)])
     sheet = np.full((count * (HEIGHT + GAP) - GAP, len(columns) * (width + GAP) - GAP, 3), 255, np.uint8)
     for x, column in enumerate(columns):
         for y, pixels in enumerate(column):
@@ -38,15 +42,3 @@ def write_sheet(path: Path, split: Split, face: Face, params: Train) -> None:
             sheet[top : top + HEIGHT, left : left + width] = pixels
     with tables.atomic(path) as temporary:
         temporary.write_bytes(cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1].tobytes())
-
-
-def _as_they_are(count: int, size: tuple[int, int], width: int) -> Draws:
-    top, left = (size[0] - HEIGHT) // 2, (size[1] - width) // 2
-    return Draws([False] * count, [top] * count, [left] * count, [0] * count)
-
-
-def _seen(faces: np.ndarray, draws: Draws, width: int) -> np.ndarray:
-    out = np.empty((len(faces), HEIGHT, width, 3), np.uint8)
-    for i, face in enumerate(faces):
-        place(face, draws, i, out[i])
-    return out

@@ -110,9 +110,9 @@ def test_frames_of_a_video_are_nearer_to_each_other_than_videos_are() -> None:
 @pytest.mark.parametrize(
     ("set_name", "count", "first", "last"),
     [
-        ("train", 18, "id00000/id00000_0001", "id00005/id00005_0003"),
-        ("lfw", 18, "id00000/id00000_0001", "id00005/id00005_0003"),
-        ("ytf", 36, "id00000/0/0.1", "id00005/1/1.3"),
+        ("train", 18, "p5_00000/p5_00000_0001", "p5_00005/p5_00005_0003"),
+        ("lfw", 18, "p5_00000/p5_00000_0001", "p5_00005/p5_00005_0003"),
+        ("ytf", 36, "p5_00000/0/0.1", "p5_00005/1/1.3"),
     ],
 )
 def test_a_set_lists_every_image_once_under_its_hosts_names(set_name: str, count: int, first: str, last: str) -> None:

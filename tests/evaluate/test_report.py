@@ -93,7 +93,7 @@ def test_page_fetches_nothing(workspace: Workspace, reports: Path, tmp_path: Pat
     text = page_of(workspace, reports, tmp_path / "index.html", params)
     page = Page(text)
     assert page.open == []  # every element is closed
-    beside = {f"align/{name}/index.html" for name in SETS}
+    beside = {f"align/{name}/index.html" for name in SETS} | {"shard/index.html", "audit/index.html"}
     assert all(value.startswith(("data:", "#")) or value in beside for value in page.fetched)
     assert not re.findall(r"url\((?!#)|@import|<script|<iframe|<object", text)
     for reference in set(re.findall(r"url\(#([^)]+)\)", text)) | {v[1:] for v in page.fetched if v.startswith("#")}:

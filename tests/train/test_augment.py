@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.train.augment import Draws, ImageAugmenter, draw, place, place_all
+from stages.train.augment import ImageAugmenter, crop, crop_and_flip, draw, flip_first
 from tests.samples import augment, face_like
 
 ROWS, EPOCHS = np.arange(400), np.zeros(400, np.int64)
@@ -13,15 +13,14 @@ def faces() -> np.ndarray:
     return np.stack([face_like(1, photo) for photo in range(400)])
 
 
-def seen(faces: np.ndarray, width: int = 112, **changes: object) -> np.ndarray:
+def seen(faces: np.ndarray, width: int = 112, **changes: object) -> tuple[np.ndarray, np.ndarray]:
+    """The rows in the order of the batch, and what the network sees of them."""
     out = np.empty((len(faces), 112, width, 3), np.uint8)
-    placed(faces, draw(augment(**changes), 1, EPOCHS, ROWS, faces.shape[1:3], width), out)
-    return out
-
-
-def placed(faces: np.ndarray, draws: Draws, out: np.ndarray) -> None:
-    for i, face in enumerate(faces):
-        place(face, draws, i, out[i])
+    order, draws = draw(augment(**changes), 1, EPOCHS[: len(faces)], ROWS[: len(faces)], faces.shape[1:3], width)
+    for i, row in enumerate(order.tolist()):
+        crop(faces[row], draws, i, out[i])
+    flip_first(out, draws.flips)
+    return order, out
 
 
 def test_flips_are_exact_and_as_often_as_asked(faces: np.ndarray) -> None:
@@ -30,15 +29,16 @@ def test_flips_are_exact_and_as_often_as_asked(faces: np.ndarray) -> None:
         (0.0, 0, 0),
         (1.0, 400, 400),
     ):  # five standard deviations of a fair coin
-        out = seen(faces, horizontal_flip=share)
-        flipped = (out == faces[:, :, ::-1]).all(axis=(1, 2, 3))
-        kept = (out == faces).all(axis=(1, 2, 3))
+        order, out = seen(faces, horizontal_flip=share)
+        assert sorted(order) == list(range(400))
+        flipped = (out == faces[order][:, :, ::-1]).all(axis=(1, 2, 3))
+        kept = (out == faces[order]).all(axis=(1, 2, 3))
         assert (flipped != kept).all()
         assert least <= flipped.sum() <= most
 
 
 def test_shifts_are_even_over_what_is_allowed() -> None:
-    draws = draw(augment(shift=3), 1, EPOCHS, ROWS, (128, 128), 112)
+    _, draws = draw(augment(shift=3), 1, EPOCHS, ROWS, (128, 128), 112)
     for corner in (draws.top, draws.left):
         values, counts = np.unique(corner, return_counts=True)
         assert values.tolist() == list(range(5, 12))  # 8 is the middle
@@ -49,14 +49,13 @@ def test_shifts_are_even_over_what_is_allowed() -> None:
 def test_a_device_sees_what_the_host_sees(width: int, size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     faces = rng.integers(0, 256, (50, *size, 3), dtype=np.uint8)
-    shift = (size[0] - 112) // 2
-    draws = draw(augment(shift=shift, horizontal_flip=0.5), 1, EPOCHS[:50], ROWS[:50], size, width)
-    out = np.empty((50, 112, width, 3), np.uint8)
-    placed(faces, draws, out)
-    assert (place_all(torch.from_numpy(faces), draws, width).numpy() == out).all()
-    for face, pixels, top, left, flip in zip(faces, out, draws.top, draws.left, draws.flip, strict=True):
-        expected = face[top : top + 112, left : left + width]
-        assert (pixels == (expected[:, ::-1] if flip else expected)).all()
+    changes = {"shift": (size[0] - 112) // 2, "horizontal_flip": 0.5}
+    order, out = seen(faces, width, **changes)
+    _, draws = draw(augment(**changes), 1, EPOCHS[:50], ROWS[:50], size, width)
+    assert (crop_and_flip(torch.from_numpy(faces[order]), draws, width).numpy() == out).all()
+    for i, (row, top, left) in enumerate(zip(order, draws.top, draws.left, strict=True)):
+        expected = faces[row, top : top + 112, left : left + width]
+        assert (out[i] == (expected[:, ::-1] if i < draws.flips else expected)).all()
 
 
 @pytest.mark.parametrize("name", ["crop", "low_resolution", "colour", "blur", "jpeg"])

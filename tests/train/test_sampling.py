@@ -38,7 +38,7 @@ def test_pools_are_what_is_read_next(sizes: list[int], seed: int, place: int) ->
     rows, _ = stream.rows(place, place + 1)
     assert np.searchsorted(starts(sizes), rows[0], side="right") - 1 in now
     assert len(now) <= sampling.POOL_GROUPS
-    following, _ = stream.rows(place, place + sum(sizes[g] for g in now) + 1)
+    following, _ = stream.rows(place, place + sum(sizes[g] for g in after) + 1)
     groups = np.searchsorted(starts(sizes), following, side="right") - 1
     assert set(groups) <= {*now, *after}
 
