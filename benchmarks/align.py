@@ -38,7 +38,7 @@ import torch
 
 from pipeline import tables
 from pipeline.executor import cores, prepare_worker
-from pipeline.params import Align, Detector, Face, Machine
+from pipeline.params import Align, Detector, Face, Machine, load_params
 from stages import align
 from stages.align import mtcnn
 from stages.align.decode import decode
@@ -392,7 +392,8 @@ def write_raw(folder: Path, contents: Sequence[bytes], count: int) -> Path:
 
 
 def machine(workers: int, executor: str = "local") -> Machine:
-    return Machine(executor=executor, workers=workers, threads=1, memory=0.5, device="cpu", cache="none")
+    here = load_params(ROOT / "params.yaml").machine
+    return here.model_copy(update={"executor": executor, "workers": workers, "memory": 0.5, "device": "cpu"})
 
 
 def aligned(raw: Path, out: Path, where: Machine) -> float:

@@ -23,7 +23,7 @@ import simplejpeg
 
 from pipeline import tables
 from pipeline.executor import cores
-from pipeline.params import Archive, Params, Schedule, load_params
+from pipeline.params import Archive, Params, load_params
 from pipeline.progress import configure_logging
 from pipeline.tracking import NoRun
 from stages import align, download, evaluate, shard, train
@@ -77,8 +77,8 @@ def settings(faces: Path, work: Path) -> Params:
         return Archive(source="archive", watch=[], location=location, sha256=None, pairs=of_pairs, pairs_sha256=None)
 
     sources = {"train": archive("CASIA-WebFace.zip", None), "lfw": archive("lfw.tgz", "pairs.txt")}
-    old = params.train.schedule
-    schedule = Schedule(iterations=ITERATIONS, warmup=old.warmup, milestones=MILESTONES, factor=old.factor)
+    changes = {"iterations": ITERATIONS, "milestones": MILESTONES}
+    schedule = params.train.schedule.model_copy(update=changes)
     return params.model_copy(
         update={
             "download": params.download.model_copy(update=sources),

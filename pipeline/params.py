@@ -5,7 +5,7 @@ stage reads its own section and nothing else, so DVC's `params:` entries say exa
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import ruamel.yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -239,19 +239,101 @@ class Shard(Section):
 class Backbone(Section):
     """The network from an aligned face to an embedding."""
 
-    name: Literal["sphere64", "ir50", "small"]
+    name: Literal[
+        "sphere20",
+        "sphere36",
+        "sphere64",
+        "ir50",
+        "irse50",
+        "iresnet18",
+        "iresnet34",
+        "iresnet50",
+        "iresnet100",
+        "mobilefacenet",
+        "small",
+    ]
     width: Literal[112, 96]
     """Of the faces it sees, pixels; the height is 112. Of wider ones, or with a margin, it sees the middle."""
     embedding: Annotated[int, Field(ge=2)]
     """Length of the embedding."""
 
 
-class Head(Section):
+class HeadSection(Section):
+    """What heads have in common."""
+
+    title: ClassVar[str]
+
+    @property
+    def summary(self) -> str:
+        """As people name it: CosFace (s = 64, m = 0.35)."""
+        symbols = {"scale": "s", "margin": "m", "concentration": "h"}
+        values = [f"{symbols[key]} = {value:g}" for key, value in self.model_dump().items() if key in symbols]
+        return f"{self.title} ({', '.join(values)})" if values else self.title
+
+
+class Softmax(HeadSection):
+    """Softmax cross-entropy without bias: the baseline."""
+
+    title = "softmax"
+    name: Literal["softmax"]
+
+
+class NSL(HeadSection):
+    """Normalised softmax: CosFace without its margin."""
+
+    title = "NSL"
+    name: Literal["nsl"]
+    scale: Annotated[float, Field(gt=0)]
+
+
+class ASoftmax(HeadSection):
+    """SphereFace's loss, annealed: λ = max(least, first / (1 + rate · step))."""
+
+    title = "A-Softmax"
+    name: Literal["a-softmax"]
+    margin: Annotated[int, Field(ge=1, le=8)]
+    """By which the angle is multiplied."""
+    first: Annotated[float, Field(ge=0)]
+    least: Annotated[float, Field(ge=0)]
+    rate: Annotated[float, Field(ge=0)]
+
+
+class CosFace(HeadSection):
     """The Large Margin Cosine Loss, CosFace Eq. 4."""
 
+    title = "CosFace"
     name: Literal["cosface"]
     scale: Annotated[float, Field(gt=0)]
     margin: Annotated[float, Field(ge=0, lt=2)]
+    """Of the cosine."""
+
+
+class ArcFace(HeadSection):
+    """The additive angular margin loss, ArcFace Eq. 3."""
+
+    title = "ArcFace"
+    name: Literal["arcface"]
+    scale: Annotated[float, Field(gt=0)]
+    margin: Annotated[float, Field(ge=0, lt=1.5)]
+    """Of the angle, radians."""
+    easy: bool
+    """Leave examples alone that are more than 90° from their centre."""
+
+
+class AdaFace(HeadSection):
+    """A margin by the image's quality."""
+
+    title = "AdaFace"
+    name: Literal["adaface"]
+    scale: Annotated[float, Field(gt=0)]
+    margin: Annotated[float, Field(ge=0, lt=1)]
+    concentration: Annotated[float, Field(gt=0)]
+    """h: how far quality moves the margin."""
+    momentum: Annotated[float, Field(gt=0, le=1)]
+    """How much of the running mean and deviation of lengths a batch replaces."""
+
+
+Head = Softmax | NSL | ASoftmax | CosFace | ArcFace | AdaFace
 
 
 class Optimizer(Section):
@@ -264,12 +346,24 @@ class Optimizer(Section):
     """Largest gradient norm; null for no limit, as in the paper."""
 
 
-class Schedule(Section):
-    """The paper's form: a rate divided at fixed iterations."""
+class ScheduleSection(Section):
+    """What schedules of the learning rate have in common."""
 
     iterations: Count
     warmup: Annotated[int, Field(ge=0)]
     """Iterations over which the rate rises linearly from zero."""
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.warmup >= self.iterations:
+            raise ValueError(f"warmup must be less than iterations = {self.iterations}, not {self.warmup}")
+        return self
+
+
+class Steps(ScheduleSection):
+    """The paper's form: a rate divided at fixed iterations."""
+
+    name: Literal["steps"]
     milestones: list[Count]
     """Iterations after which the rate is multiplied by `factor`."""
     factor: Annotated[float, Field(gt=0, lt=1)]
@@ -281,6 +375,22 @@ class Schedule(Section):
         if self.milestones and self.milestones[-1] >= self.iterations:
             raise ValueError(f"milestones must lie before iterations = {self.iterations}, not {list(self.milestones)}")
         return self
+
+
+class Cosine(ScheduleSection):
+    """Half a cosine's period from the full rate to zero."""
+
+    name: Literal["cosine"]
+
+
+class Polynomial(ScheduleSection):
+    """The full rate times a power of the share of iterations left."""
+
+    name: Literal["polynomial"]
+    power: Annotated[float, Field(gt=0)]
+
+
+Schedule = Steps | Cosine | Polynomial
 
 
 class UniformSampling(Section):
@@ -316,24 +426,30 @@ class Augment(Section):
 
 
 class Train(Section):
-    """Training by LMCL."""
+    """Backbone, head, and how they are trained."""
 
     data: Annotated[str, Field(min_length=1)]
     """Folder of the shards, or an address that fsspec knows."""
     seed: Seed
     backbone: Backbone
-    head: Head
+    head: Annotated[Head, Field(discriminator="name")]
     batch: Annotated[int, Field(ge=2)]
     sampling: Annotated[UniformSampling | BalancedSampling, Field(discriminator="name")]
     optimizer: Optimizer
-    schedule: Schedule
+    schedule: Annotated[Schedule, Field(discriminator="name")]
     augment: Augment
-    precision: Literal["fp32", "bf16"]
-    """Of the backbone; the head always computes in fp32."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"]
+    """Of the backbone; the head always computes in fp32. fp16 scales the loss, so that small gradients survive."""
+    compile: bool
+    """Whether torch.compile makes the backbone's code: minutes at the start, a faster step from then on."""
+    micro_batches: Count
+    """Equal parts that a batch is computed in, one after the other: less memory, and batch normalisation over each."""
+    recompute: bool
+    """Whether activations are computed again for the gradient instead of kept: far less memory, a third more time."""
     log_every: Count
     """Iterations between two rows of history.csv and MLflow."""
     checkpoint_every: Count
-    """Iterations between two checkpoints."""
+    """Iterations between two validations, each with a checkpoint."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -342,6 +458,8 @@ class Train(Section):
             raise ValueError(
                 f"sampling: {sampling.identities} identities, {sampling.images} images each: no batch of {self.batch}"
             )
+        if self.batch % self.micro_batches or self.batch // self.micro_batches < 2:
+            raise ValueError(f"micro_batches: {self.micro_batches} equal parts, two images at least, of {self.batch}?")
         return self
 
 
@@ -379,6 +497,10 @@ class Machine(Section):
     cache: Literal["none", "host", "device"]
     """Whether training decodes each image every time, or once: into memory, shared by all processes, or into the
     GPU's. 37 kB an image, 18.4 GB for CASIA-WebFace."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)]
+    """Between two checkpoints of a training, at most; others are written at train.checkpoint_every."""
+    checkpoints_kept: Annotated[int, Field(ge=1)]
+    """The newest; more than one for the day on which the newest cannot be read."""
 
 
 class Tracking(Section):
@@ -436,6 +558,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 def _explain(error: ValidationError) -> list[str]:
     tags = {"synthetic", "folder", "archive", "uniform", "balanced"}
+    tags |= {"steps", "cosine", "polynomial", "softmax", "nsl", "a-softmax", "cosface", "arcface", "adaface"}
     lines = []
     for item in error.errors(include_url=False):
         parts = item["loc"]

@@ -279,7 +279,7 @@ def _begin(client: "MlflowClient", experiment: str, params: Params, tags: dict[s
     from mlflow.entities import Param
 
     train = params.train
-    name = f"{train.backbone.name} {train.head.name} s={train.head.scale:g} m={train.head.margin:g}"
+    name = f"{train.backbone.name}, {train.head.summary}"
     run = client.create_run(experiment, tags=_origin() | tags, run_name=name)
     values = [
         Param(key, str(value))

@@ -14,7 +14,16 @@ from stages import shard
 
 ROOT = Path(__file__).parents[1]
 FACE = Face(width=112, margin=0, quality=95)
-HERE = Machine(executor="local", workers=1, threads=1, memory=0.5, device="cpu", cache="none")
+HERE = Machine(
+    executor="local",
+    workers=1,
+    threads=1,
+    memory=0.5,
+    device="cpu",
+    cache="none",
+    checkpoint_minutes=60,
+    checkpoints_kept=2,
+)
 NO_AUGMENTATION: dict[str, Any] = {
     "horizontal_flip": 0.0,
     "shift": 0,

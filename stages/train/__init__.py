@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.executor import choose_device, keep_memory
-from pipeline.params import Params
+from pipeline.params import CosFace, Params
 from pipeline.tables import atomic, fingerprint
 from pipeline.tracking import model_digest, training_run
 from stages.shard.reader import Shards
 from stages.train.checkpoint import Checkpoints
-from stages.train.heads import scale_lower_bound
+from stages.train.heads import margin_upper_bound, scale_lower_bound
 from stages.train.loader import Loader
-from stages.train.loop import Row, Speed, Training, begin, history_csv, train
+from stages.train.loop import Row, Training, begin, history_csv, train
+from stages.train.meter import Speed
 from stages.train.model import input_contract, save_model
 from stages.train.sheet import write_sheet
 from stages.train.validation import ByIdentity, ByImage
@@ -39,7 +40,8 @@ def run(models: Path, checkpoints_root: Path, params: Params) -> None:
 
     Raises:
         TableError: shards are absent, incomplete, or fewer than a batch.
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss or the gradient is no longer finite.
+        Interrupted: asked to end; a checkpoint is there.
     """
     keep_memory()
     device = choose_device(params.machine.device)
@@ -49,7 +51,7 @@ def run(models: Path, checkpoints_root: Path, params: Params) -> None:
     key = fingerprint(params.train.model_dump(exclude={"data"}), data, code=CODE)
     _warn_of_bounds(classes, params)
 
-    checkpoints = Checkpoints(checkpoints_root, key)
+    checkpoints = Checkpoints(checkpoints_root, key, params.machine.checkpoints_kept)
     training = begin(params.train, classes, device)
     found = checkpoints.newest()
     done = 0
@@ -61,10 +63,9 @@ def run(models: Path, checkpoints_root: Path, params: Params) -> None:
     loader.load_state_dict({"iteration": done})
     validation = (ByImage if shards.val_pairs() is None else ByIdentity)(shards, params.train)
     log.info(
-        "training %s by cosface (s = %g, m = %g) on %d images of %d identities, on %s",
+        "training %s by %s on %d images of %d identities, on %s",
         params.train.backbone.name,
-        params.train.head.scale,
-        params.train.head.margin,
+        params.train.head.summary,
         len(split),
         classes,
         device,
@@ -77,7 +78,7 @@ def run(models: Path, checkpoints_root: Path, params: Params) -> None:
             step = values.pop("iteration")
             tracked.log_metrics({f"train/{name}": v for name, v in values.items() if v is not None}, step=step)
 
-        train(params.train, loader, validation, training, done, device, checkpoints, on_row)
+        train(params.train, params.machine, loader, validation, training, done, device, checkpoints, on_row)
         _write(models, training, params, data, len(split), classes)
         write_sheet(models / "faces.png", split, face, params.train)
         tracked.log_figure(models / "faces.png", "faces.png")
@@ -121,12 +122,22 @@ def _write(models: Path, training: Training, params: Params, data: dict[str, str
 
 def _warn_of_bounds(classes: int, params: Params) -> None:
     """The paper's bounds on scale and margin (CosFace, section 3.4)."""
-    least = scale_lower_bound(classes, 0.9)
-    if params.train.head.scale < least:
+    head, embedding = params.train.head, params.train.backbone.embedding
+    scale = getattr(head, "scale", None)
+    if scale is not None and scale < (least := scale_lower_bound(classes, 0.9)):
         log.warning(
             "train.head.scale = %g is below %.1f, the least at which %d classes can be told apart with "
             "probability 0.9 (CosFace, Eq. 6)",
-            params.train.head.scale,
+            scale,
             least,
             classes,
+        )
+    if isinstance(head, CosFace) and head.margin > (most := margin_upper_bound(classes, embedding)):
+        log.warning(
+            "train.head.margin = %g is above %.3f, the most that %d centres in %d dimensions can have between them "
+            "(CosFace, section 3.4)",
+            head.margin,
+            most,
+            classes,
+            embedding,
         )

@@ -4,8 +4,11 @@ Each takes float N×3×112×width in about [−1, 1] and returns float N×D feat
 """
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.params import Backbone
 
@@ -49,21 +52,49 @@ def sphere(units: tuple[int, int, int, int], embedding: int, width: int) -> nn.M
     return nn.Sequential(*layers, nn.Flatten(), last)
 
 
-class ImprovedUnit(nn.Module):
-    """Residual unit of ArcFace's IR networks: BN, conv, BN, PReLU, conv (of the stride), BN; no ReLU after the sum."""
+class SqueezeExcitation(nn.Module):
+    """Channels weighed by what the whole map holds (Hu et al., CVPR 2018), reduced by 16, without bias."""
 
-    def __init__(self, before: int, channels: int, stride: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.BatchNorm2d(before),
-            nn.Conv2d(before, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
+        self.weigh = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, channels // 16, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(channels // 16, channels, 1, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N×C×H×W to the same shape."""
+        return x * self.weigh(x)
+
+
+class ImprovedUnit(nn.Module):
+    """Residual unit of the IR networks; no ReLU after the sum.
+
+    As published by ArcFace's authors: BN, conv, BN, PReLU, conv (of the stride), BN. `early` is the variant of public
+    PyTorch code that calls itself IR-50 and IR-SE-50: no BN between conv and PReLU, and a shortcut that only takes
+    every so many pixels where the channels stay.
+    """
+
+    def __init__(self, before: int, channels: int, stride: int, *, early: bool = False, squeeze: bool = False) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.BatchNorm2d(before), nn.Conv2d(before, channels, 3, padding=1, bias=False)]
+        if not early:
+            layers.append(nn.BatchNorm2d(channels))
+        layers += [
             nn.PReLU(channels),
             nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False),
             nn.BatchNorm2d(channels),
-        )
+        ]
+        if squeeze:
+            layers.append(SqueezeExcitation(channels))
+        self.body = nn.Sequential(*layers)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or before != channels:
+        if before == channels and early:
+            self.shortcut = nn.MaxPool2d(1, stride)
+        elif before != channels or stride != 1:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(before, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
             )
@@ -74,16 +105,27 @@ class ImprovedUnit(nn.Module):
 
 
 def improved_residual(
-    units: tuple[int, ...], channels: tuple[int, ...], embedding: int, width: int, *, stem_stride: int, dropout: float
+    units: tuple[int, ...],
+    embedding: int,
+    width: int,
+    *,
+    channels: tuple[int, ...] = (64, 64, 128, 256, 512),
+    stem_stride: int = 1,
+    dropout: float = 0.0,
+    early: bool = False,
+    squeeze: bool = False,
 ) -> nn.Module:
     """IR networks (Deng et al., ArcFace, CVPR 2019, section 3.1, "L-ResNet50E-IR"): stem, units, BN-dropout-FC-BN.
 
     Args:
         units: residual units of each stage; the first unit of a stage halves the resolution.
-        channels: of the stem, then of each stage.
+        embedding: D.
         width: of the faces, pixels: 112 or 96.
+        channels: of the stem, then of each stage.
         stem_stride: 1 as published; 2 quarters the arithmetic, for CPUs.
         dropout: before the fully connected layer.
+        early: the units' variant, see ImprovedUnit.
+        squeeze: squeeze-and-excitation in each unit.
     """
     stem, *rest = channels
     layers: list[nn.Module] = [
@@ -93,13 +135,62 @@ def improved_residual(
     ]
     before = stem
     for count, after in zip(units, rest, strict=True):
-        layers += [ImprovedUnit(before, after, 2), *(ImprovedUnit(after, after, 1) for _ in range(count - 1))]
-        before = after
+        for stride in (2, *[1] * (count - 1)):
+            layers.append(ImprovedUnit(before, after, stride, early=early, squeeze=squeeze))
+            before = after
     reduced = stem_stride * 2 ** len(units)
     features = before * (112 // reduced) * (width // reduced)
     layers += [nn.BatchNorm2d(before), nn.Dropout(dropout), nn.Flatten(), nn.Linear(features, embedding)]
     layers.append(nn.BatchNorm1d(embedding))
-    network = nn.Sequential(*layers)
+    return _initialised(nn.Sequential(*layers))
+
+
+class Bottleneck(nn.Module):
+    """Inverted residual bottleneck of MobileNetV2, with PReLU: 1×1 to more channels, 3×3 in each, 1×1 back, linear."""
+
+    def __init__(self, before: int, channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = before * expansion
+        self.body = nn.Sequential(
+            *_convolution(before, inner, 1),
+            *_convolution(inner, inner, 3, stride=stride, groups=inner),
+            *_convolution(inner, channels, 1, linear=True),
+        )
+        self.residual = stride == 1 and before == channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N×C×H×W to N×C'×H/stride×W/stride."""
+        return x + self.body(x) if self.residual else self.body(x)
+
+
+def mobile_face_net(embedding: int, width: int) -> nn.Module:
+    """MobileFaceNet (Chen et al., CCBR 2018, arXiv 1804.07573, Table 1), with BN after the embedding."""
+    layers = [*_convolution(3, 64, 3, stride=2), *_convolution(64, 64, 3, groups=64)]
+    before = 64
+    stages = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
+    for expansion, channels, count, stride in stages:
+        for i in range(count):
+            layers.append(Bottleneck(before, channels, stride if i == 0 else 1, expansion))
+            before = channels
+    layers += _convolution(before, 512, 1)
+    # Global depthwise convolution: over all there is, each channel by itself
+    layers += [nn.Conv2d(512, 512, (7, width // 16), groups=512, bias=False), nn.BatchNorm2d(512), nn.Flatten()]
+    layers += [nn.Linear(512, embedding, bias=False), nn.BatchNorm1d(embedding)]
+    return _initialised(nn.Sequential(*layers))
+
+
+def _convolution(
+    before: int, after: int, side: int, *, stride: int = 1, groups: int = 1, linear: bool = False
+) -> list[nn.Module]:
+    """Convolution, BN and, unless linear, PReLU."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(before, after, side, stride, side // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(after),
+    ]
+    return layers if linear else [*layers, nn.PReLU(after)]
+
+
+def _initialised(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_normal_(module.weight)
@@ -109,18 +200,34 @@ def improved_residual(
 
 
 BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {
-    # CosFace, section 4.1: the 64-layer CNN of SphereFace
-    "sphere64": lambda embedding, width: sphere((3, 8, 16, 3), embedding, width),
-    "ir50": lambda embedding, width: improved_residual(
-        (3, 4, 14, 3), (64, 64, 128, 256, 512), embedding, width, stem_stride=1, dropout=0.4
-    ),
+    # SphereFace, Table 2; CosFace, section 4.1, has the one with 64 layers
+    "sphere20": partial(sphere, (1, 2, 4, 1)),
+    "sphere36": partial(sphere, (2, 4, 8, 2)),
+    "sphere64": partial(sphere, (3, 8, 16, 3)),
+    # in public PyTorch code, as ArcFace's first release had it
+    "ir50": partial(improved_residual, (3, 4, 14, 3), dropout=0.4, early=True),
+    "irse50": partial(improved_residual, (3, 4, 14, 3), dropout=0.4, early=True, squeeze=True),
+    # ArcFace's
+    "iresnet18": partial(improved_residual, (2, 2, 2, 2)),
+    "iresnet34": partial(improved_residual, (3, 4, 6, 3)),
+    "iresnet50": partial(improved_residual, (3, 4, 14, 3)),
+    "iresnet100": partial(improved_residual, (3, 13, 30, 3)),
+    "mobilefacenet": mobile_face_net,
     # our own, for CPUs: three stages of an IR network behind a stem of stride 2
-    "small": lambda embedding, width: improved_residual(
-        (2, 2, 2), (24, 32, 64, 128), embedding, width, stem_stride=2, dropout=0.0
-    ),
+    "small": partial(improved_residual, (2, 2, 2), channels=(24, 32, 64, 128), stem_stride=2),
 }
 
 
 def build_backbone(params: Backbone) -> nn.Module:
     """A freshly initialised backbone; its weights follow from torch's global random state."""
     return BACKBONES[params.name](params.embedding, params.width)
+
+
+def forward_flops(params: Backbone) -> int:
+    """Floating-point operations of convolutions and matrix products for one image: two for each multiplication."""
+    with torch.device("meta"):
+        network = build_backbone(params).eval()
+        image = torch.empty(1, 3, 112, params.width)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image)
+    return int(counter.get_total_flops())

@@ -12,9 +12,6 @@ from pipeline.tables import atomic
 
 log = logging.getLogger(__name__)
 
-KEEP = 2
-"""Checkpoints kept; the older one is for the day on which the newer cannot be read."""
-
 
 class Checkpoints:
     """The checkpoints of one training: of one set of parameters, data and code.
@@ -22,16 +19,18 @@ class Checkpoints:
     Args:
         root: folder of all trainings' checkpoints.
         key: fingerprint of all that decides the outcome; a training with another key has a folder of its own.
+        kept: how many of the newest stay.
     """
 
-    def __init__(self, root: Path, key: str) -> None:
+    def __init__(self, root: Path, key: str, kept: int) -> None:
         self.folder = root / key[:16]
+        self._kept = kept
         others = [path.name for path in root.glob("*") if path != self.folder]
         if others:
             log.info("%s: also holds unfinished trainings of other parameters, data or code: %s", root, others)
 
     def save(self, iteration: int, state: dict[str, Any]) -> None:
-        """Write `iteration-NNNNNNNN.pt` atomically, then delete all but the newest KEEP.
+        """Write `iteration-NNNNNNNN.pt` atomically, then delete all but the newest `kept`.
 
         Args:
             iteration: iterations done.
@@ -39,7 +38,7 @@ class Checkpoints:
         """
         with atomic(self.folder / f"iteration-{iteration:08d}.pt") as path:
             torch.save(state, path)
-        for old in self._paths()[:-KEEP]:
+        for old in self._paths()[: -self._kept]:
             old.unlink()
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:

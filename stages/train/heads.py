@@ -1,52 +1,377 @@
-"""Heads: from embeddings and labels to a loss."""
+"""Heads: from embeddings and labels to a loss, and to the cosines by which training is judged.
+
+All have one form. With e the embedding, ŵ_j the centre of class j, and y the own class,
+
+    L = mean over i of −log( e^{z_i} / (e^{z_i} + Σ_{j≠y_i} e^{e_i·ŵ_j}) ) = mean of softplus(R_i − z_i),
+    R_i = log Σ_{j≠y_i} e^{e_i·ŵ_j},
+
+and a head is how e is scaled and what it makes of the own class's e_i·ŵ_y, which is z_i. So the margin touches N
+numbers and no N×C matrix, and what is left, R, is the same for all: see `similarities`.
+"""
 
 import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline import params
 
-class CosFace(nn.Module):
-    """The Large Margin Cosine Loss (Wang et al., CVPR 2018, Eq. 4).
+CHUNK = {"cpu": 1 << 15, "cuda": 1 << 17}
+"""Classes whose similarities are held at once; with more of them, they are computed again for the gradient."""
+EPSILON = 1e-12
 
-    L = mean over i of −log( e^{s(cos θ_y − m)} / (e^{s(cos θ_y − m)} + Σ_{j≠y} e^{s cos θ_j}) ), where cos θ_j is the
-    cosine between the embedding and the centre of class j. With m = 0 this is the normalised softmax loss (NSL).
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a head says of N embeddings; all but the loss without gradient, and without the margin."""
+
+    loss: Tensor
+    """Scalar fp32, the mean."""
+    own: Tensor
+    """N fp32, cosine to the centre of the own class."""
+    nearest: Tensor
+    """N fp32, cosine to the nearest of the other centres."""
+    correct: Tensor
+    """N bool: whether the own class is the likeliest."""
+    beyond: Tensor
+    """N bool: whether it is so even with the margin."""
+
+
+class Head(nn.Module, ABC):
+    """Class centres, C×D, and the loss that they pull embeddings by.
 
     Args:
         classes: C, identities.
         embedding: D, length of the embedding.
-        scale: s.
-        margin: m, subtracted from the cosine to the own class.
+        scale: of the normalised embedding: s; None where the embedding keeps its own length.
     """
 
-    def __init__(self, classes: int, embedding: int, scale: float, margin: float) -> None:
+    normalised = True
+    """Whether centres count by their direction alone."""
+
+    def __init__(self, classes: int, embedding: int, scale: float | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(classes, embedding))
         nn.init.xavier_normal_(self.weight)
         self.scale = scale
-        self.margin = margin
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and un-margined prediction, computed in fp32 under any autocast.
+    @abstractmethod
+    def margined(self, cosines: Tensor, norms: Tensor) -> Tensor:
+        """What a head makes of the own class's cosine.
+
+        Args:
+            cosines: N, of the angle θ to the own centre.
+            norms: N, lengths of the embeddings, without gradient.
+
+        Returns:
+            N, in place of the cosines.
+        """
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Judgement:
+        """Loss and cosines, computed in the centres' precision, fp32, under any autocast.
 
         Args:
             embeddings: N×D float, not normalised.
             labels: N int64 in [0, C).
-
-        Returns:
-            The mean loss (scalar fp32), and the class of the nearest centre for each embedding (N int64).
         """
         with torch.autocast(embeddings.device.type, enabled=False):
-            logits = F.linear(self.scale * F.normalize(embeddings.float()), F.normalize(self.weight.float()))
-            predicted = logits.detach().argmax(dim=1)  # before the margin: accuracy under the margin means little
-            # In place: the margin touches N of the N×C logits, and a second N×C tensor would double the memory.
-            logits[torch.arange(len(labels), device=labels.device), labels] -= self.scale * self.margin
-            return F.cross_entropy(logits, labels), predicted
+            embeddings = embeddings.to(self.weight.dtype)
+            norms = embeddings.norm(dim=1)
+            if self.scale is None:
+                scaled, lengths = embeddings, norms
+            else:
+                scaled, lengths = self.scale * F.normalize(embeddings), torch.full_like(norms, self.scale)
+            found = similarities(scaled, self.weight, labels, normalised=self.normalised)
+            # As long as a centre where its length counts (softmax), so that what is margined is a cosine
+            own_lengths = lengths if self.normalised else lengths * self.weight.detach()[labels].norm(dim=1)
+            own = found.own / own_lengths.clamp_min(EPSILON)
+            target = own_lengths * self.margined(own, norms.detach())
+            loss = F.softplus(found.others - target).mean()
+            with torch.no_grad():
+                near_lengths = lengths if self.normalised else lengths * self.weight[found.index].norm(dim=1)
+                nearest = found.nearest / near_lengths.clamp_min(EPSILON)
+            correct, beyond = found.own > found.nearest, target.detach() > found.nearest
+            return Judgement(loss, own.detach(), nearest, correct, beyond)
 
     def extra_repr(self) -> str:
         """Shape and hyper-parameters, for `print(head)`."""
-        return f"classes={self.weight.shape[0]}, scale={self.scale}, margin={self.margin}"
+        values = {name: value for name, value in vars(self).items() if isinstance(value, float | int | bool)}
+        values.pop("training")
+        return ", ".join([f"classes={len(self.weight)}", *(f"{name}={value:g}" for name, value in values.items())])
+
+
+class Softmax(Head):
+    """Softmax cross-entropy without bias (CosFace, Eq. 2): centres and embeddings keep their lengths."""
+
+    normalised = False
+
+    def __init__(self, classes: int, embedding: int) -> None:
+        super().__init__(classes, embedding, None)
+
+    def margined(self, cosines: Tensor, norms: Tensor) -> Tensor:
+        """cos θ"""
+        return cosines
+
+
+class CosFace(Head):
+    """The Large Margin Cosine Loss, LMCL (Wang et al., CVPR 2018, Eq. 4); with m = 0 the normalised softmax loss (NSL).
+
+    Args:
+        classes: C.
+        embedding: D.
+        scale: s.
+        margin: m, subtracted from the cosine.
+    """
+
+    def __init__(self, classes: int, embedding: int, scale: float, margin: float) -> None:
+        super().__init__(classes, embedding, scale)
+        self.margin = margin
+
+    def margined(self, cosines: Tensor, norms: Tensor) -> Tensor:
+        """cos θ − m"""
+        return cosines - self.margin
+
+
+class ArcFace(Head):
+    """The additive angular margin loss (Deng et al., CVPR 2019, Eq. 3).
+
+    Args:
+        classes: C.
+        embedding: D.
+        scale: s.
+        margin: m, added to the angle, radians.
+        easy: leave examples more than 90° from their centre alone, as the authors' code has it by option. Otherwise,
+            where θ + m would pass π, the cosine is lowered by m·sin m instead, so that the loss stays monotone.
+    """
+
+    def __init__(self, classes: int, embedding: int, scale: float, margin: float, *, easy: bool) -> None:
+        super().__init__(classes, embedding, scale)
+        self.margin = margin
+        self.easy = easy
+
+    def margined(self, cosines: Tensor, norms: Tensor) -> Tensor:
+        """cos(θ + m), guarded"""
+        m = self.margin
+        # The sine's slope is infinite where the cosine is 1; there it is kept finite
+        sines = (1 - cosines.square()).clamp_min(EPSILON).sqrt()
+        turned = cosines * math.cos(m) - sines * math.sin(m)
+        if self.easy:
+            return torch.where(cosines > 0, turned, cosines)
+        return torch.where(cosines > math.cos(math.pi - m), turned, cosines - m * math.sin(m))
+
+
+class ASoftmax(Head):
+    """A-Softmax (Liu et al., SphereFace, CVPR 2017, Eq. 7): ψ(θ) = (−1)^k cos(mθ) − 2k for θ in [kπ/m, (k+1)π/m].
+
+    Embeddings keep their lengths. ψ is mixed with the cosine, (λ cos θ + ψ(θ)) / (1 + λ), and λ falls with the number
+    of training steps t as max(`least`, `first` / (1 + `rate`·t)), which is how SphereFace's authors have it converge.
+
+    Args:
+        classes: C.
+        embedding: D.
+        margin: m, a whole number.
+        first: λ of the first step.
+        least: λ in the end.
+        rate: γ.
+    """
+
+    steps: Tensor
+
+    def __init__(self, classes: int, embedding: int, margin: int, first: float, least: float, rate: float) -> None:
+        super().__init__(classes, embedding, None)
+        self.margin = margin
+        self.first, self.least, self.rate = first, least, rate
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def annealing(self) -> Tensor:
+        """λ, scalar."""
+        return (self.first / (1 + self.rate * self.steps)).clamp_min(self.least)
+
+    def margined(self, cosines: Tensor, norms: Tensor) -> Tensor:
+        """(λ cos θ + ψ(θ)) / (1 + λ)"""
+        annealing = self.annealing
+        if self.training:
+            self.steps += 1
+        angle = cosines.detach().clamp(-1, 1).acos()
+        k = (self.margin * angle / math.pi).floor()
+        psi = (1 - 2 * (k % 2)) * chebyshev(self.margin, cosines) - 2 * k
+        return (annealing * cosines + psi) / (1 + annealing)
+
+
+class AdaFace(Head):
+    """AdaFace (Kim et al., CVPR 2022, section 3.3): a margin by the image's quality, told by its embedding's length.
+
+    With ẑ the length's standard score over batches, times h and clipped to ±1: cos(θ − m·ẑ) − (m·ẑ + m).
+
+    Args:
+        classes: C.
+        embedding: D.
+        scale: s.
+        margin: m.
+        concentration: h.
+        momentum: α, how much of the running mean and deviation a batch replaces.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self, classes: int, embedding: int, scale: float, margin: float, concentration: float, momentum: float
+    ) -> None:
+        super().__init__(classes, embedding, scale)
+        self.margin, self.concentration, self.momentum = margin, concentration, momentum
+        self.register_buffer("mean", torch.tensor(20.0))  # where the authors' code begins
+        self.register_buffer("deviation", torch.tensor(100.0))
+
+    def margined(self, cosines: Tensor, norms: Tensor) -> Tensor:
+        """cos(θ + g_angle) − g_add"""
+        norms = norms.clamp(1e-3, 100)
+        if self.training and len(norms) > 1:
+            self.mean.lerp_(norms.mean(), self.momentum)
+            self.deviation.lerp_(norms.std(), self.momentum)
+        score = ((norms - self.mean) / (self.deviation + 1e-3) * self.concentration).clamp(-1, 1)
+        limit = 1e-3
+        angle = cosines.clamp(-1 + limit, 1 - limit).acos()
+        turned = (angle - self.margin * score).clamp(limit, math.pi - limit).cos()
+        return turned - (self.margin + self.margin * score)
+
+
+def chebyshev(degree: int, cosines: Tensor) -> Tensor:
+    """cos(degree · θ) as a polynomial in cos θ."""
+    before, now = torch.ones_like(cosines), cosines
+    for _ in range(degree - 1):
+        before, now = now, 2 * cosines * now - before
+    return now
+
+
+def build_head(section: params.Head, classes: int, embedding: int) -> Head:
+    """A freshly initialised head; its centres follow from torch's global random state."""
+    match section:
+        case params.Softmax():
+            return Softmax(classes, embedding)
+        case params.NSL():
+            return CosFace(classes, embedding, section.scale, 0.0)
+        case params.ASoftmax():
+            return ASoftmax(classes, embedding, section.margin, section.first, section.least, section.rate)
+        case params.CosFace():
+            return CosFace(classes, embedding, section.scale, section.margin)
+        case params.ArcFace():
+            return ArcFace(classes, embedding, section.scale, section.margin, easy=section.easy)
+        case params.AdaFace():
+            return AdaFace(classes, embedding, section.scale, section.margin, section.concentration, section.momentum)
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Of N embeddings to C centres."""
+
+    others: Tensor
+    """N, R: log Σ e^{e·w} over the other classes."""
+    own: Tensor
+    """N, e·w of the own class."""
+    nearest: Tensor
+    """N, the greatest e·w of the other classes, without gradient."""
+    index: Tensor
+    """N int64, whose that is."""
+
+
+def similarities(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, *, normalised: bool = True, chunk: int | None = None
+) -> Similarities:
+    """What a loss needs of the products of embeddings and centres.
+
+    Of the N×C matrix there is never more than one copy, and of more than `chunk` classes never the whole: then each
+    chunk is computed twice, forward and backward.
+
+    Args:
+        embeddings: N×D fp32.
+        weight: C×D fp32, the centres, C ≥ 2.
+        labels: N int64 in [0, C).
+        normalised: whether centres are to be normalised.
+        chunk: classes at a time; by default CHUNK.
+    """
+    size = chunk or CHUNK.get(embeddings.device.type, 1 << 15)
+    return Similarities(*cast(Any, _Similarities).apply(embeddings, weight, labels, normalised, size))
+
+
+class _Similarities(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, normalised: bool, chunk: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        nearest = torch.full_like(embeddings[:, 0], -torch.inf)
+        total, own, index = torch.zeros_like(nearest), torch.zeros_like(nearest), torch.zeros_like(labels)
+        products = None
+        for start in range(0, len(weight), chunk):
+            products, _ = _products(embeddings, weight[start : start + chunk], normalised)
+            where, here = _place(labels, start, products.shape[1])
+            value = products.gather(1, where)
+            own = torch.where(here, value, own[:, None])[:, 0]
+            products.scatter_(1, where, value.masked_fill(here, -torch.inf))
+            top, at = products.max(dim=1)
+            index = torch.where(top > nearest, at + start, index)
+            before, nearest = nearest, torch.maximum(nearest, top)
+            # −∞ − −∞ where a chunk holds but the own class
+            shift = nearest.clamp_min(torch.finfo(nearest.dtype).min)
+            total = total * (before - shift).exp() + products.sub_(shift[:, None]).exp_().sum(dim=1)
+        ctx.normalised, ctx.chunk, ctx.whole = normalised, chunk, chunk >= len(weight)
+        ctx.exponentials = products if ctx.whole else None
+        ctx.save_for_backward(embeddings, weight, labels, nearest, total)
+        ctx.mark_non_differentiable(nearest, index)
+        return nearest + total.log(), own, nearest, index
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_others: Tensor, of_own: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.whole and ctx.exponentials is None:
+            raise RuntimeError("the gradient of a head is computed in place, so once only: run it forward again")
+        embeddings, weight, labels, nearest, total = ctx.saved_tensors
+        of_embeddings, of_weight = torch.zeros_like(embeddings), torch.empty_like(weight)
+        share = (of_others / total)[:, None]
+        with torch.autocast(embeddings.device.type, enabled=False):
+            for start in range(0, len(weight), ctx.chunk):
+                centres = weight[start : start + ctx.chunk]
+                if ctx.exponentials is not None:
+                    gradient, ctx.exponentials = ctx.exponentials, None
+                    inverse = _inverse_norms(centres) if ctx.normalised else None
+                else:
+                    gradient, inverse = _products(embeddings, centres, ctx.normalised)
+                    gradient.sub_(nearest[:, None]).exp_()
+                gradient.mul_(share)
+                where, here = _place(labels, start, len(centres))
+                gradient.scatter_(1, where, torch.where(here, of_own[:, None], gradient.gather(1, where)))
+                # That of normalised centres is at a right angle to them, and as much smaller as they are longer.
+                out = torch.mm(gradient.T, embeddings, out=of_weight[start : start + ctx.chunk])
+                if inverse is not None:
+                    along = torch.linalg.vecdot(out, centres) * inverse.pow(3)
+                    out.mul_(inverse[:, None]).addcmul_(centres, along[:, None], value=-1)
+                    gradient.mul_(inverse)
+                of_embeddings.addmm_(gradient, centres)
+        return of_embeddings, of_weight, None, None, None
+
+
+def _products(embeddings: Tensor, centres: Tensor, normalised: bool) -> tuple[Tensor, Tensor | None]:
+    """N×c, and what centres were divided by, inverted."""
+    products = embeddings @ centres.T
+    if not normalised:
+        return products, None
+    inverse = _inverse_norms(centres)
+    return products.mul_(inverse), inverse
+
+
+def _inverse_norms(centres: Tensor) -> Tensor:
+    return centres.norm(dim=1).clamp_min(EPSILON).reciprocal()
+
+
+def _place(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+    """(N×1 int64, N×1 bool) columns of the labels in a chunk of classes, and whether they are in it at all."""
+    column = (labels - start)[:, None]
+    return column.clamp(0, count - 1), (column >= 0) & (column < count)
 
 
 def scale_lower_bound(classes: int, probability: float) -> float:
@@ -55,3 +380,13 @@ def scale_lower_bound(classes: int, probability: float) -> float:
     s ≥ (C − 1)/C · ln((C − 1)·P / (1 − P))
     """
     return (classes - 1) / classes * math.log((classes - 1) * probability / (1 - probability))
+
+
+def margin_upper_bound(classes: int, embedding: int) -> float:
+    """The greatest cosine margin that there can be between C centres in K dimensions (CosFace, section 3.4).
+
+    1 − cos(2π/C) for K = 2; otherwise C/(C − 1), which is reached only for C ≤ K + 1 and out of reach by far beyond.
+    """
+    if embedding == 2:
+        return 1 - math.cos(2 * math.pi / classes)
+    return classes / (classes - 1)

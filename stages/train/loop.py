@@ -3,9 +3,11 @@
 import csv
 import io
 import logging
-import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -13,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.params import Train
+from pipeline.params import Machine, Train
 from pipeline.progress import bar
 from stages.train.checkpoint import Checkpoints
-from stages.train.heads import CosFace
+from stages.train.heads import Head, build_head
 from stages.train.loader import Loader
+from stages.train.meter import Meter, Speed
 from stages.train.model import FaceModel, build_model
 from stages.train.schedule import learning_rate
 
@@ -28,6 +31,10 @@ class TrainingError(InputError):
     """Training cannot go on; the message says at which iteration, and what to try."""
 
 
+class Interrupted(SystemExit):
+    """Training was asked to end (SIGTERM, SIGINT) and has left a checkpoint."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of history.csv: means over the iterations since the row before."""
@@ -36,21 +43,20 @@ class Row:
     loss: float
     accuracy: float
     """Un-margined: share of examples nearest to their own class centre."""
+    own_cosine: float
+    """To the own class centre, un-margined."""
+    nearest_cosine: float
+    """To the nearest of the other centres."""
+    beyond_margin: float
+    """Share of examples that are right even with the margin."""
+    gradient_norm: float
+    """Before it is clipped."""
     learning_rate: float
     val_accuracy: float | None
     """Where validation is by image: share of its images nearest to their own class centre. At checkpoints and at the
     end; null in between."""
     val_auc: float | None
     """Where validation is by identity: area under the ROC of its verification pairs, likewise."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of the iterations since the row before."""
-
-    images_per_second: float
-    data_wait: float
-    """Share of the time in which training waited for a batch."""
 
 
 class Validation(Protocol):
@@ -66,11 +72,14 @@ class Training:
     """All that changes while training, and so all that a checkpoint holds."""
 
     model: FaceModel
-    head: CosFace
+    head: Head
     optimizer: torch.optim.SGD
+    scaler: torch.amp.GradScaler
+    sums: Tensor
+    """Of the examples since the last row: _SUMS."""
+    broken: Tensor
+    """(2,) the first iteration, counted from 1, whose loss or gradient was not finite, and its gradient norm."""
     history: list[Row] = field(default_factory=list)
-    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
-    """Of loss, correct examples and examples since the last row."""
     run_id: str | None = None
     """Of the MLflow run, so that a resumed training goes on in the same one."""
 
@@ -80,6 +89,7 @@ class Training:
             "model": self.model.state_dict(),
             "head": self.head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "history": [asdict(row) for row in self.history],
             "sums": self.sums,
             "run_id": self.run_id,
@@ -92,6 +102,7 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         self.history = [Row(**row) for row in state["history"]]
         self.sums = state["sums"].to(self.sums.device)
         self.run_id = state["run_id"]
@@ -99,24 +110,51 @@ class Training:
         if len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
 
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """In evaluation mode for a while."""
+        self.model.eval()
+        self.head.eval()
+        yield
+        self.model.train()
+        self.head.train()
+
+
+_SUMS = ("loss", "accuracy", "own_cosine", "nearest_cosine", "beyond_margin", "examples", "gradient_norm", "steps")
+"""The last counts steps whose gradient was finite, the only ones whose norm is in the sum."""
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def begin(params: Train, classes: int, device: torch.device) -> Training:
     """A training at iteration 0; its weights follow from `params.seed`."""
     torch.manual_seed(params.seed)
+    # cuDNN's convolutions would use TF32 unasked.
+    torch.backends.cudnn.allow_tf32 = params.precision == "tf32"
     model = build_model(params.backbone).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    head = CosFace(classes, params.backbone.embedding, params.head.scale, params.head.margin).to(device)
+    model.recompute = params.recompute
+    if params.compile:
+        model.backbone.compile(fullgraph=True)
+    head = build_head(params.head, classes, params.backbone.embedding).to(device)
     sgd = params.optimizer
     optimizer = torch.optim.SGD(
         [*model.parameters(), *head.parameters()],
         lr=sgd.learning_rate,
         momentum=sgd.momentum,
         weight_decay=sgd.weight_decay,
+        fused=True,
     )
-    return Training(model, head, optimizer, sums=torch.zeros(3, dtype=torch.float64, device=device))
+    if sgd.momentum:
+        # Fused SGD allocates what it is to fill in its first step, and leaves it unfilled where fp16 skips that step.
+        for parameter in optimizer.param_groups[0]["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    scaler = torch.amp.GradScaler(device.type, enabled=params.precision == "fp16")
+    sums, broken = (torch.zeros(size, dtype=torch.float64, device=device) for size in (len(_SUMS), 2))
+    return Training(model.train(), head.train(), optimizer, scaler, sums, broken)
 
 
 def train(
     params: Train,
+    machine: Machine,
     loader: Loader,
     validation: Validation,
     training: Training,
@@ -129,37 +167,56 @@ def train(
 
     Args:
         params: section train of params.yaml.
+        machine: section machine.
         loader: of the training split, at iteration `done`.
-        validation: what to measure at checkpoints.
+        validation: what to measure every `params.checkpoint_every` iterations.
         training: fresh, or restored from a checkpoint.
         done: iterations it has behind it.
         device: where it lies.
-        checkpoints: where to save every `params.checkpoint_every` iterations.
+        checkpoints: where to save, then, every so many minutes, and when asked to end.
         on_row: called with each new row and the speed since the last one.
 
     Raises:
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss or the gradient is no longer finite.
+        Interrupted: by SIGTERM or SIGINT; a checkpoint is there.
     """
     total = params.schedule.iterations
     batches = iter(loader)
-    training.model.train()
-    started, since, waited = time.perf_counter(), done, loader.waited
-    with bar(total=total, initial=done, label="training", unit="iterations") as shown:
+    meter = Meter(params, loader, device, done)
+    saved = time.monotonic()
+    with (
+        asked_to_end() as asked,
+        bar(total=total, initial=done, label="training", unit="iterations") as shown,
+    ):
         for iteration in range(done, total):
             batch = next(batches)
             step(training, params, iteration, batch.images, batch.labels)
             finished = iteration + 1
-            saving = finished % params.checkpoint_every == 0 or finished == total
-            if saving or finished % params.log_every == 0:
-                seconds = time.perf_counter() - started
-                measured = validation(training, device) if saving else {}
-                row = close_row(training, params, finished, measured)
-                on_row(row, Speed((finished - since) * params.batch / seconds, (loader.waited - waited) / seconds))
-                shown.set_postfix(loss=f"{row.loss:.3f}", accuracy=f"{row.accuracy:.3f}", refresh=False)
-                started, since, waited = time.perf_counter(), finished, loader.waited
-            if saving:
-                checkpoints.save(finished, training.state())
+            validating = finished % params.checkpoint_every == 0 or finished == total
+            if validating or finished % params.log_every == 0:
+                speed = meter.read(finished)
+                row = close_row(training, params, finished, validation(training, device) if validating else {})
+                on_row(row, speed)
+                shown.set_postfix(
+                    loss=f"{row.loss:.3f}",
+                    accuracy=f"{row.accuracy:.3f}",
+                    speed=f"{speed.images_per_second:.0f} images/s",
+                    refresh=False,
+                )
+                meter.reset(finished)
             shown.update()
+            if validating or asked() or time.monotonic() - saved > 60 * machine.checkpoint_minutes:
+                _check(training, params)
+                checkpoints.save(finished, training.state())
+                saved = time.monotonic()
+            if asked() and finished < total:
+                log.warning(
+                    "%s: ended after iteration %d of %d, with a checkpoint from which the same command goes on",
+                    signal.Signals(asked()).name,
+                    finished,
+                    total,
+                )
+                raise Interrupted(128 + asked())
 
 
 def step(training: Training, params: Train, iteration: int, images: Tensor, labels: Tensor) -> None:
@@ -167,36 +224,115 @@ def step(training: Training, params: Train, iteration: int, images: Tensor, labe
     rate = learning_rate(params.optimizer.learning_rate, params.schedule, iteration)
     for group in training.optimizer.param_groups:
         group["lr"] = rate
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=params.precision == "bf16"):
-        features = training.model(images)
-    loss, predicted = training.head(features, labels)
     training.optimizer.zero_grad()
-    loss.backward()
-    if params.optimizer.clip_norm is not None:
-        parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, params.optimizer.clip_norm)
-    training.optimizer.step()
-    count = torch.tensor(len(labels), dtype=torch.float64, device=loss.device)
-    training.sums += torch.stack([loss.detach().double() * count, (predicted == labels).sum().double(), count])
+    parts = params.micro_batches
+    losses = []
+    for some, own in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+        with torch.autocast(images.device.type, _AUTOCAST.get(params.precision), params.precision in _AUTOCAST):
+            features = training.model(some)
+        judged = training.head(features, own)
+        training.scaler.scale(judged.loss / parts).backward()
+        losses.append(judged.loss.detach())
+        told = [judged.correct, judged.own, judged.nearest, judged.beyond, torch.ones_like(judged.own)]
+        training.sums[1:6] += torch.stack([values.double().sum() for values in told])
+    training.scaler.unscale_(training.optimizer)
+    norm = _clip(training.optimizer, params.optimizer.clip_norm)
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    loss = torch.stack(losses).double().mean()
+    finite = norm.isfinite()
+    training.sums[0] += loss * len(labels)
+    training.sums[6:] += torch.stack([torch.where(finite, norm, 0), finite]).double()
+    # A scaled gradient may be too large for fp16 now and then: such a step is left out, and the scale lowered.
+    bad = ~loss.isfinite() if training.scaler.is_enabled() else ~(loss.isfinite() & finite)
+    first = bad & (training.broken[0] == 0)
+    training.broken = torch.where(first, torch.stack([norm.new_tensor(iteration + 1), norm]).double(), training.broken)
+
+
+def _clip(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:
+    """The norm of all gradients together, which are shortened to `largest` where that is longer."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if largest is not None:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
 
 
 def close_row(training: Training, params: Train, finished: int, measured: dict[str, float]) -> Row:
     """Turn the sums since the last row, and what validation has measured, into a row of the history.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: a loss or a gradient was not finite.
     """
-    loss, correct, count = training.sums.tolist()
+    _check(training, params)
+    sums = dict(zip(_SUMS, training.sums.tolist(), strict=True))
     training.sums.zero_()
+    examples, steps = sums.pop("examples"), sums.pop("steps")
+    norm = sums.pop("gradient_norm") / max(steps, 1)
     rate = learning_rate(params.optimizer.learning_rate, params.schedule, finished - 1)
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss is {loss / count} at iteration {finished}, learning rate {rate:g}: lower "
-            "train.optimizer.learning_rate, lengthen train.schedule.warmup, or set train.optimizer.clip_norm"
-        )
-    row = Row(finished, loss / count, correct / count, rate, measured.get("val_accuracy"), measured.get("val_auc"))
+    row = Row(
+        iteration=finished,
+        gradient_norm=norm,
+        learning_rate=rate,
+        val_accuracy=measured.get("val_accuracy"),
+        val_auc=measured.get("val_auc"),
+        **{name: value / examples for name, value in sums.items()},
+    )
     training.history.append(row)
+    _report_standstill(training.history, params)
     return row
+
+
+def _check(training: Training, params: Train) -> None:
+    iteration, norm = training.broken.tolist()
+    if iteration:
+        rate = learning_rate(params.optimizer.learning_rate, params.schedule, int(iteration) - 1)
+        raise TrainingError(
+            f"loss or gradient is not finite at iteration {iteration:.0f}: learning rate {rate:g}, gradient norm "
+            f"{norm:g}; lower train.optimizer.learning_rate, lengthen train.schedule.warmup, or set "
+            "train.optimizer.clip_norm; what was saved before that is kept"
+        )
+
+
+def _report_standstill(history: list[Row], params: Train) -> None:
+    """Say once, after a tenth of the schedule, that nothing was learnt."""
+    after = params.schedule.warmup + max(10, params.schedule.iterations // 10)
+    first, last = history[0], history[-1]
+    due = last.iteration >= after and (len(history) == 1 or history[-2].iteration < after)
+    if due and last.loss > 0.9 * first.loss and last.own_cosine < first.own_cosine + 0.05:
+        log.warning(
+            "the loss has not left its start: %.3f at iteration %d, %.3f at %d, where the cosine to the own class is "
+            "%.3f. Lower train.head.margin or train.optimizer.learning_rate, lengthen train.schedule.warmup, and look "
+            "at the faces and their labels",
+            first.loss,
+            first.iteration,
+            last.loss,
+            last.iteration,
+            last.own_cosine,
+        )
+
+
+@contextmanager
+def asked_to_end() -> Iterator[Callable[[], int]]:
+    """What to ask whether SIGTERM or SIGINT has come, and which (0: none). A second one ends the process at once."""
+    received = [0]
+    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
+        yield lambda: 0
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _: Any) -> None:
+        received[0] = number
+        for other, handler in before.items():
+            signal.signal(other, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: received[0]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def history_csv(history: list[Row]) -> str:

@@ -5,6 +5,9 @@ training, evaluation and serving cannot differ.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import InputError
 from pipeline.params import Backbone
@@ -42,6 +46,8 @@ class FaceModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.width = width
+        self.recompute = False
+        """Whether training computes activations again for the gradient (Chen et al., arXiv 1604.06174)."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of faces.
@@ -52,7 +58,35 @@ class FaceModel(nn.Module):
         Returns:
             N×D float32 features, not normalised (flip-test concatenates before normalising).
         """
-        return self.backbone((images.float() - 127.5) / 128).float()
+        faces = (images.float() - 127.5) / 128
+        if not self.training:
+            return self.backbone.forward(faces).float()  # past what torch.compile has made for training
+        if not self.recompute:
+            return self.backbone(faces).float()
+        assert isinstance(self.backbone, nn.Sequential)
+        for layer in self.backbone:
+            contexts = partial(_first_and_second, layer)
+            faces = checkpoint(layer, faces, use_reentrant=False, context_fn=contexts)
+        return faces.float()
+
+
+def _first_and_second(layer: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _again(layer)
+
+
+@contextmanager
+def _again(layer: nn.Module) -> Iterator[None]:
+    """While activations are computed for the second time: running statistics have seen the batch already."""
+    normalisations = [m for m in layer.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    before = [(each.momentum, each.num_batches_tracked.clone()) for each in normalisations]  # type: ignore[union-attr]
+    for each in normalisations:
+        each.momentum = 0.0
+    try:
+        yield
+    finally:  # torch stops by an exception once it has what it needs
+        for each, (momentum, batches) in zip(normalisations, before, strict=True):
+            each.momentum = momentum
+            each.num_batches_tracked = batches
 
 
 def build_model(params: Backbone) -> FaceModel:

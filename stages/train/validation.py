@@ -23,13 +23,11 @@ class ByImage:
         """`val_accuracy`; nothing where the split is empty."""
         if not len(self._split):
             return {}
-        training.model.eval()
         correct = torch.zeros((), dtype=torch.int64, device=device)
         params = self._params
-        for batch in validation_batches(self._split, self._face, params.batch, params.backbone.width, device):
-            _, predicted = training.head(training.model(batch.images), batch.labels)
-            correct += (predicted == batch.labels).sum()
-        training.model.train()
+        with training.judging():
+            for batch in validation_batches(self._split, self._face, params.batch, params.backbone.width, device):
+                correct += training.head(training.model(batch.images), batch.labels).correct.sum()
         return {"val_accuracy": correct.item() / len(self._split)}
 
 
@@ -46,15 +44,16 @@ class ByIdentity:
     @torch.inference_mode()
     def __call__(self, training: Training, device: torch.device) -> dict[str, float]:
         """`val_auc`, of the cosines of single embeddings, without the flip-test."""
-        training.model.eval()
         params = self._params
-        embeddings = torch.cat(
-            [
-                nn.functional.normalize(training.model(batch.images)).cpu()
-                for batch in validation_batches(self._split, self._face, params.batch, params.backbone.width, device)
-            ]
-        ).numpy()
-        training.model.train()
+        with training.judging():
+            embeddings = torch.cat(
+                [
+                    nn.functional.normalize(training.model(batch.images)).cpu()
+                    for batch in validation_batches(
+                        self._split, self._face, params.batch, params.backbone.width, device
+                    )
+                ]
+            ).numpy()
         scores = (embeddings[self._left] * embeddings[self._right]).sum(axis=1)
         return {"val_auc": auc(scores[self._same], scores[~self._same])}
 

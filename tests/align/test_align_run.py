@@ -32,6 +32,7 @@ from stages.align import reduction, run
 from stages.align.decode import decode
 from tests.align.scenes import scenes
 from tests.pipeline.test_executor import dask, worker
+from tests.samples import HERE
 
 PARAMS = Align(
     detector=Detector(
@@ -52,7 +53,7 @@ NO_FACE = np.full((120, 160, 3), 90, np.uint8)
 
 
 def machine(workers: int) -> Machine:
-    return Machine(executor="local", workers=workers, threads=1, memory=1.0, device="cpu", cache="none")
+    return HERE.model_copy(update={"workers": workers})
 
 
 def encoded(pixels: NDArray[np.uint8], file_format: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:

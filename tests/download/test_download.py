@@ -15,11 +15,11 @@ import pytest
 
 import stages.download
 from pipeline import tables
-from pipeline.params import Archive, Local, Machine, Synthetic
+from pipeline.params import Archive, Local, Synthetic
 from stages.download import SourceError, run, synthetic
+from tests.samples import HERE
 
 ROOT = Path(__file__).parents[2]
-MACHINE = Machine(executor="local", workers=1, threads=1, memory=1.0, device="cpu", cache="none")
 RNG = np.random.default_rng(1)
 FACES = {f"{who}/{number:03d}.jpg": RNG.bytes(900 + number) for who in ("0000045", "0000099") for number in range(1, 8)}
 LFW = {f"{who}/{who}_{number:04d}.jpg": RNG.bytes(700) for who in ("Ann", "Bob", "Cy") for number in (1, 2)}
@@ -90,7 +90,7 @@ def expected(tree: dict[str, bytes]) -> dict[str, list[Any]]:
 
 def test_photographs_come_through_untouched(tmp_path: Path) -> None:
     tree = FACES | {"0000099/100.png": b""}  # an empty file is a row: align says what is wrong with it
-    run("train", archive(zipped(tmp_path / "casia.zip", tree)), tmp_path / "raw" / "train", MACHINE)
+    run("train", archive(zipped(tmp_path / "casia.zip", tree)), tmp_path / "raw" / "train", HERE)
     assert tables.read_parts(tmp_path / "raw" / "train", tables.RAW).to_pydict() == {
         **expected(tree),
         "image_id": [*expected(FACES)["image_id"], "0000099/100"],
@@ -100,8 +100,8 @@ def test_photographs_come_through_untouched(tmp_path: Path) -> None:
 
 def test_lfw_from_an_archive_and_from_a_folder_are_the_same(tmp_path: Path) -> None:
     pairs = listed(tmp_path / "pairs.txt", PAIRS)
-    run("lfw", archive(tarred(tmp_path / "lfw.tgz", LFW), pairs), tmp_path / "raw" / "archive", MACHINE)
-    run("lfw", folder(unpacked(tmp_path / "lfw", LFW), pairs), tmp_path / "raw" / "folder", MACHINE)
+    run("lfw", archive(tarred(tmp_path / "lfw.tgz", LFW), pairs), tmp_path / "raw" / "archive", HERE)
+    run("lfw", folder(unpacked(tmp_path / "lfw", LFW), pairs), tmp_path / "raw" / "folder", HERE)
     assert content(tmp_path / "raw" / "archive") == content(tmp_path / "raw" / "folder")
     assert tables.read_parts(tmp_path / "raw" / "folder", tables.RAW).to_pydict() == expected(LFW)
     assert tables.read_table(tmp_path / "raw" / "folder" / "pairs.parquet", tables.PAIRS).to_pylist() == [
@@ -116,7 +116,7 @@ def test_videos_have_frames(tmp_path: Path) -> None:
     source = archive(
         tarred(tmp_path / "ytf.tar.gz", YTF, "YouTubeFaces/frame_images_DB/"), listed(tmp_path / "s.txt", SPLITS)
     )
-    run("ytf", source, tmp_path / "raw", MACHINE)
+    run("ytf", source, tmp_path / "raw", HERE)
     rows = tables.read_parts(tmp_path / "raw", tables.RAW, ["image_id", "identity", "video", "frame"])
     assert rows.to_pydict() == {
         "image_id": [name.removesuffix(".jpg") for name in YTF],
@@ -131,7 +131,7 @@ def test_a_part_ends_by_rows_or_by_bytes(tmp_path: Path, monkeypatch: pytest.Mon
     tree = {f"{who}/{n}.jpg": b"x" * size for who in "ab" for n, size in enumerate((10, 10, 10, 10, 25, 30, 1))}
     monkeypatch.setattr(tables, "PART_ROWS", 3)
     monkeypatch.setattr(tables, "PART_BYTES", 30)
-    run("train", archive(zipped(tmp_path / "a.zip", tree)), tmp_path / "raw", MACHINE)
+    run("train", archive(zipped(tmp_path / "a.zip", tree)), tmp_path / "raw", HERE)
     images = [pq.read_table(path)["image"].to_pylist() for path in tables.parts(tmp_path / "raw")]
     assert [[len(image) for image in part] for part in images] == [
         [10, 10, 10],
@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_with_the_first_missing_part(
     source: Archive | Local = archive(zipped(tmp_path / "a.zip", FACES))
     if kind == "folder":
         source = folder(unpacked(tmp_path / "faces", FACES))
-    run("train", source, tmp_path / "whole", MACHINE)
+    run("train", source, tmp_path / "whole", HERE)
     written: list[str] = []
     write_part = stages.download._write_part
 
@@ -164,11 +164,11 @@ def test_a_killed_run_goes_on_with_the_first_missing_part(
 
     monkeypatch.setattr(stages.download, "_write_part", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        run("train", source, tmp_path / "raw", MACHINE)
+        run("train", source, tmp_path / "raw", HERE)
     assert (tmp_path / ".raw.unfinished").exists()
     before = {path.name: path.stat().st_mtime_ns for path in sorted((tmp_path / "raw").iterdir())}
     monkeypatch.setattr(stages.download, "_write_part", write_part)
-    run("train", source, tmp_path / "raw", MACHINE)
+    run("train", source, tmp_path / "raw", HERE)
     assert list(before) == written == ["part-00000.parquet", "part-00001.parquet"]
     assert {name: (tmp_path / "raw" / name).stat().st_mtime_ns for name in before} == before
     assert content(tmp_path / "raw") == content(tmp_path / "whole")
@@ -178,10 +178,10 @@ def test_what_another_archive_began_is_not_continued(tmp_path: Path, monkeypatch
     monkeypatch.setattr(tables, "PART_ROWS", 3)
     path = zipped(tmp_path / "a.zip", {**FACES, "0000099/001.png": b"has the id of a .jpg"})
     with pytest.raises(SourceError, match="would both be"):
-        run("train", archive(path), tmp_path / "raw", MACHINE)
+        run("train", archive(path), tmp_path / "raw", HERE)
     assert len(tables.parts(tmp_path / "raw")) == 4
     changed = {name: image[::-1] for name, image in FACES.items()}
-    run("train", archive(zipped(path, changed)), tmp_path / "raw", MACHINE)
+    run("train", archive(zipped(path, changed)), tmp_path / "raw", HERE)
     assert tables.read_parts(tmp_path / "raw", tables.RAW).to_pydict() == expected(changed)
 
 
@@ -195,12 +195,12 @@ def test_from_an_address_nothing_fetched_stays_behind(
     source = archive(host.address("lfw.tgz"), host.address("pairs.txt"))
     downloads = tmp_path / "downloads"
     with pytest.raises(SourceError, match=r"Bob_0009 \(line 3\)"):
-        run("lfw", source, tmp_path / "raw", MACHINE, downloads)
+        run("lfw", source, tmp_path / "raw", HERE, downloads)
     assert not (tmp_path / "raw" / "pairs.parquet").exists()
     host.files["pairs.txt"] = PAIRS.encode()
     next(downloads.glob("*-pairs.txt")).unlink()
     before = (tmp_path / "raw" / "part-00000.parquet").stat().st_mtime_ns
-    run("lfw", source, tmp_path / "raw", MACHINE, downloads)
+    run("lfw", source, tmp_path / "raw", HERE, downloads)
     assert (tmp_path / "raw" / "part-00000.parquet").stat().st_mtime_ns == before
     assert tables.read_parts(tmp_path / "raw", tables.RAW).to_pydict() == expected(LFW)
     assert [path for path in downloads.iterdir() if path.suffix != ".lock"] == []
@@ -212,7 +212,7 @@ def test_what_was_read_and_skipped_is_told(tmp_path: Path, caplog: pytest.LogCap
     source = folder(unpacked(tmp_path / "ytf", tree), listed(tmp_path / "splits.txt", SPLITS))
     (tmp_path / "ytf" / "Ann" / "9").symlink_to(tmp_path / "ytf" / "Ann" / "0")
     with caplog.at_level(logging.INFO):
-        run("ytf", source, tmp_path / "raw", MACHINE)
+        run("ytf", source, tmp_path / "raw", HERE)
     assert "ytf: 12 images, 2 identities, 4 videos, 2 pairs" in caplog.messages
     assert "ytf: skipped 2 hidden files, 2 files that are no images, 1 folders, links and devices" in caplog.messages
 
@@ -257,7 +257,7 @@ def test_a_source_that_cannot_be_used_is_refused_and_nothing_looks_finished(
     path, out = zipped(tmp_path / "a.zip", tree), tmp_path / "raw"
     pairs = {"train": None, "lfw": listed(tmp_path / "p", PAIRS), "ytf": listed(tmp_path / "s", SPLITS)}[set_name]
     with pytest.raises(SourceError) as caught:
-        run(set_name, archive(path, pairs), out, MACHINE)
+        run(set_name, archive(path, pairs), out, HERE)
     assert str(caught.value) == message.format(path).replace("PAIRS", str(pairs))
     assert (tmp_path / ".raw.unfinished").exists()
     assert not (out / "pairs.parquet").exists()
@@ -267,12 +267,12 @@ def test_a_member_larger_than_a_part_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(tables, "PART_BYTES", 999)
     path = zipped(tmp_path / "a.zip", {"a/1.jpg": b"x" * 999, "a/2.jpg": b"x" * 1000})
     with pytest.raises(SourceError, match=r"a\.zip: CASIA-WebFace/a/2\.jpg is no photograph: 1,000 bytes"):
-        run("train", archive(path), tmp_path / "raw", MACHINE)
+        run("train", archive(path), tmp_path / "raw", HERE)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught:
-        run("train", folder(tmp_path / "faces"), tmp_path / "raw", MACHINE)
+        run("train", folder(tmp_path / "faces"), tmp_path / "raw", HERE)
     assert str(caught.value) == (
         f"{tmp_path / 'faces'}: no such folder; set download.train.location in params.yaml to where it is"
     )
@@ -309,7 +309,7 @@ def test_procedural_faces_are_rendered_part_by_part_on_any_number_of_workers(
         source="synthetic", watch=[], seed=5, identities=4, images=3, videos=1, folds=2, pairs=2, size=64
     )
     out = tmp_path / "raw"
-    run("lfw", source, out, Machine(executor="local", workers=1, threads=1, memory=1.0, device="cpu", cache="none"))
+    run("lfw", source, out, HERE)
     photographs = synthetic.photographs(source, "lfw")
     rows = tables.read_parts(out, tables.RAW)
     assert rows["image_id"].to_pylist() == [photograph.image_id for photograph in photographs]
@@ -325,6 +325,6 @@ def test_procedural_faces_are_rendered_part_by_part_on_any_number_of_workers(
     time = kept.stat().st_mtime_ns
     for path in (tables.part_path(out, 0), tables.part_path(out, 2), out / "pairs.parquet"):
         path.unlink()
-    run("lfw", source, out, Machine(executor="local", workers=2, threads=1, memory=1.0, device="cpu", cache="none"))
+    run("lfw", source, out, HERE.model_copy(update={"workers": 2}))
     assert content(out) == before
     assert kept.stat().st_mtime_ns == time

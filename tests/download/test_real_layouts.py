@@ -6,8 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import tables
-from pipeline.params import Archive, Machine
+from pipeline.params import Archive
 from stages.download import run
+from tests.samples import HERE
 
 FACES = Path("../shared/faces")
 pytestmark = pytest.mark.skipif(not FACES.exists(), reason="no real photographs beside the repository")
@@ -34,7 +35,7 @@ def test_real_archives(set_name: str, archive: str, pairs: str | None, counts: t
         set_name,
         source,
         tmp_path / "raw",
-        Machine(executor="local", workers=1, threads=1, memory=1.0, device="cpu", cache="none"),
+        HERE,
     )
     rows = tables.read_parts(tmp_path / "raw", tables.RAW, ["image_id", "identity", "video"])
     found = [len(rows["image_id"].unique()), len(rows["identity"].unique()), len(rows["video"].drop_null().unique())]

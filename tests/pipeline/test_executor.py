@@ -18,13 +18,13 @@ from pipeline import executor
 from pipeline.errors import InputError
 from pipeline.executor import choose_device, run_all
 from pipeline.params import Machine
+from tests.samples import HERE
 
 ROOT = Path(__file__).parents[2]
 
 
 def machine(**changes: Any) -> Machine:
-    plain = {"executor": "local", "workers": 2, "threads": 1, "memory": 0.5, "device": "cpu", "cache": "none"}
-    return Machine.model_validate(plain | changes)
+    return Machine.model_validate(HERE.model_dump() | {"workers": 2} | changes)
 
 
 def square(number: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import RECIPES
-from pipeline.params import Archive, load_params
+from pipeline.params import Archive, CosFace, Steps, load_params
 
 ROOT = Path(__file__).parents[2]
 NAMES = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
@@ -23,14 +23,12 @@ def test_cosface_casia_is_the_papers_experiment() -> None:
     params = load_params(RECIPES / "cosface-casia.yaml")
     train = params.train
     assert (train.backbone.name, train.backbone.embedding) == ("sphere64", 512)
-    assert (train.head.scale, train.head.margin) == (64, 0.35)
+    assert train.head == CosFace(name="cosface", scale=64, margin=0.35)
     assert train.batch == 8 * 64
     assert (train.optimizer.learning_rate, train.optimizer.momentum, train.optimizer.weight_decay) == (0.1, 0.9, 5e-4)
     assert train.optimizer.clip_norm is None
-    assert (train.schedule.warmup, train.schedule.milestones, train.schedule.iterations) == (
-        0,
-        [16_000, 24_000, 28_000],
-        30_000,
+    assert train.schedule == Steps(
+        name="steps", iterations=30_000, warmup=0, milestones=[16_000, 24_000, 28_000], factor=0.1
     )
     assert train.augment.horizontal_flip == 0.5
     assert params.evaluate.flip

@@ -75,7 +75,7 @@ def test_a_training_run_says_what_it_was(project: Path, tracked: Params) -> None
         run.set_tag("colour", "blue")
     (found,) = recorded(project, tracked)
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    assert found.info.run_name == "small cosface s=64 m=0.35"
+    assert found.info.run_name == "small, CosFace (s = 64, m = 0.35)"
     assert found.info.status == "FINISHED"
     assert found.data.params["train.head.scale"] == "64.0"
     assert found.data.params["train.head.margin"] == "0.35"
@@ -177,7 +177,7 @@ def test_evaluation_and_promotion_find_the_training_s_run(project: Path, tracked
         registry.promote("latest", tracked)
         == registry.promote(found.info.run_id, tracked)
         == (
-            "small cosface s=64 m=0.35",
+            "small, CosFace (s = 64, m = 0.35)",
             "1",
         )
     )

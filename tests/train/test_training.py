@@ -1,13 +1,24 @@
 import csv
 import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.params import Params
 from stages import train
 from stages.train import checkpoint, loop
+from tests.conftest import ROOT
 from tests.samples import shard_section, write_shards
 
 
@@ -16,7 +27,7 @@ def tiny(params: Params, tmp_path: Path) -> Params:
     section = params.train.model_dump()
     section |= {"data": str(tmp_path / "shards"), "batch": 16, "log_every": 3, "checkpoint_every": 4}
     section["backbone"]["embedding"] = 32
-    section["schedule"] = {"iterations": 14, "warmup": 2, "milestones": [10], "factor": 0.1}
+    section["schedule"] = {"name": "steps", "iterations": 14, "warmup": 2, "milestones": [10], "factor": 0.1}
     section["optimizer"]["learning_rate"] = 0.05
     return params.model_copy(update={"train": type(params.train).model_validate(section)})
 
@@ -92,7 +103,7 @@ def test_it_learns(tmp_path: Path, shards: Path, tiny: Params) -> None:
 
 
 def test_a_corrupt_newest_checkpoint_falls_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    saved = checkpoint.Checkpoints(tmp_path, "k" * 64)
+    saved = checkpoint.Checkpoints(tmp_path, "k" * 64, 2)
     for iteration in (1, 2, 3):
         saved.save(iteration, {"value": torch.tensor(iteration)})
     newest = sorted(saved.folder.iterdir())[-1]
@@ -107,16 +118,223 @@ def test_a_corrupt_newest_checkpoint_falls_back(tmp_path: Path, caplog: pytest.L
         assert found[0] == 2
         assert found[1]["value"].item() == 2
         assert "trying the one before" in caplog.text
-    assert checkpoint.Checkpoints(tmp_path, "other" * 13).newest() is None
+    assert checkpoint.Checkpoints(tmp_path, "other" * 13, 2).newest() is None
+
+
+def changed(params: Params, **changes: Any) -> Params:
+    """With another section train."""
+    content = params.train.model_dump() | changes
+    return params.model_copy(update={"train": type(params.train).model_validate(content)})
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path: Path, shards: Path, tiny: Params) -> None:
-    wild = tiny.train.model_copy(
-        update={"optimizer": tiny.train.optimizer.model_copy(update={"learning_rate": 1e30, "clip_norm": None})}
-    )
-    with pytest.raises(loop.TrainingError, match=r"at iteration \d+.*learning_rate"):
-        train.run(tmp_path / "models", tmp_path / "checkpoints", tiny.model_copy(update={"train": wild}))
+    sgd = tiny.train.optimizer.model_dump() | {"learning_rate": 1e30, "clip_norm": None}
+    told = r"at iteration [2-4]: learning rate 5?e?.*, gradient norm .*; lower train\.optimizer\.learning_rate"
+    with pytest.raises(loop.TrainingError, match=told):
+        train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, optimizer=sgd))
     assert not (tmp_path / "models").exists()
+    assert not list((tmp_path / "checkpoints").rglob("*.pt"))  # nothing broken is kept
+
+
+def test_a_loss_that_stands_still_is_reported(
+    tmp_path: Path, shards: Path, tiny: Params, caplog: pytest.LogCaptureFixture
+) -> None:
+    sgd = tiny.train.optimizer.model_dump() | {"learning_rate": 1e-12}
+    schedule = {"name": "cosine", "iterations": 14, "warmup": 2}
+    train.run(tmp_path / "models", tmp_path / "a", changed(tiny, optimizer=sgd, schedule=schedule))
+    said = [message for message in caplog.messages if "has not left its start" in message]
+    assert len(said) == 1
+    assert "at iteration 3, " in said[0]
+    assert " at 12, where the cosine to the own class is 0.0" in said[0]
+    caplog.clear()
+    train.run(tmp_path / "models", tmp_path / "b", changed(tiny, schedule=schedule))
+    assert "has not left its start" not in caplog.text
+
+
+def test_bounds_are_told_with_their_numbers(
+    tmp_path: Path, shards: Path, tiny: Params, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Six identities: s ≥ 5/6 · ln(5 · 9) = 3.2, m ≤ 6/5."""
+    head = {"name": "cosface", "scale": 3.0, "margin": 1.25}
+    train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, head=head))
+    assert "train.head.scale = 3 is below 3.2" in caplog.text
+    assert "train.head.margin = 1.25 is above 1.200, the most that 6 centres in 32 dimensions" in caplog.text
+
+
+HEADS: list[dict[str, Any]] = [
+    {"name": "softmax"},
+    {"name": "nsl", "scale": 16.0},
+    {"name": "a-softmax", "margin": 4, "first": 1000.0, "least": 5.0, "rate": 0.12},
+    {"name": "arcface", "scale": 64.0, "margin": 0.5, "easy": False},
+    {"name": "adaface", "scale": 64.0, "margin": 0.4, "concentration": 0.333, "momentum": 0.01},
+]
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head["name"])
+def test_every_head_learns_and_goes_on_where_it_was(
+    tmp_path: Path, shards: Path, tiny: Params, head: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = changed(tiny, head=head)
+    train.run(tmp_path / "whole", tmp_path / "a", params)
+    with (tmp_path / "whole" / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    assert float(rows[-1]["own_cosine"]) > float(rows[0]["own_cosine"])
+    assert all(float(row["beyond_margin"]) <= float(row["accuracy"]) for row in rows)
+    step = loop.step
+
+    def dying(training, params, iteration, *rest):  # type: ignore[no-untyped-def]
+        if iteration == 6:
+            raise Killed
+        step(training, params, iteration, *rest)
+
+    monkeypatch.setattr(loop, "step", dying)
+    with pytest.raises(Killed):
+        train.run(tmp_path / "again", tmp_path / "b", params)
+    monkeypatch.setattr(loop, "step", step)
+    train.run(tmp_path / "again", tmp_path / "b", params)
+    assert files(tmp_path / "again") == files(tmp_path / "whole")
+
+
+def test_the_batch_in_parts_is_the_batch(shards: Path, tiny: Params) -> None:
+    """Without batch normalisation, gradients of a batch in parts are those of the whole, to rounding."""
+    images = torch.randint(0, 256, (8, 3, 112, 112), dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+    weights = []
+    for parts in (1, 4):
+        sphere = {"name": "sphere20", "width": 112, "embedding": 16}
+        params = changed(tiny, backbone=sphere, batch=8, micro_batches=parts)
+        training = loop.begin(params.train, 4, torch.device("cpu"))
+        loop.step(training, params.train, 5, images, labels)
+        row = loop.close_row(training, params.train, 6, {})
+        weights.append((training.model.state_dict(), training.head.state_dict(), row))
+    for one, other in zip(weights[0][:2], weights[1][:2], strict=True):
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6)
+    assert weights[0][2].loss == pytest.approx(weights[1][2].loss, rel=1e-5)
+    assert weights[0][2].gradient_norm == pytest.approx(weights[1][2].gradient_norm, rel=1e-4)
+
+
+no_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"precision": "bf16"}, {"precision": "fp16"}, pytest.param({"compile": True}, marks=no_compiler)],
+    ids=["bf16", "fp16", "compiled"],
+)
+def test_other_arithmetic_learns_alike(tmp_path: Path, shards: Path, tiny: Params, changes: dict[str, Any]) -> None:
+    """The same start to rounding, and much learnt in the end."""
+    losses = []
+    for name, params in (("plain", changed(tiny, log_every=1)), ("changed", changed(tiny, log_every=1, **changes))):
+        train.run(tmp_path / name, tmp_path / "checkpoints", params)
+        with (tmp_path / name / "history.csv").open() as file:
+            losses.append([float(row["loss"]) for row in csv.DictReader(file)])
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.03)
+    assert all(own[-1] < own[0] / 5 for own in losses)
+    plain, other = (load_file(tmp_path / name / "backbone.safetensors").keys() for name in ("plain", "changed"))
+    assert plain == other
+
+
+def test_fp16_survives_that_its_first_step_is_left_out(shards: Path, tiny: Params) -> None:
+    """Gradients overflow under a scale too large, at first: the step is skipped, the scale halved, nothing is lost."""
+    params = changed(tiny, precision="fp16")
+    training = loop.begin(params.train, 4, torch.device("cpu"))
+    images = torch.randint(0, 256, (16, 3, 112, 112), dtype=torch.uint8)
+    labels = torch.arange(16) % 4
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = {name: value.clone() for name, value in training.model.named_parameters()}
+    loop.step(training, params.train, 5, images, labels)
+    assert all(torch.equal(value, before[name]) for name, value in training.model.named_parameters())
+    assert training.scaler.get_scale() == 2.0**39
+    training.scaler.update(2.0**8)
+    loop.step(training, params.train, 6, images, labels)
+    assert not all(torch.equal(value, before[name]) for name, value in training.model.named_parameters())
+    row = loop.close_row(training, params.train, 7, {})
+    assert 0 < row.gradient_norm < 1e6
+
+
+def test_the_stored_trace(tmp_path: Path, shards: Path, tiny: Params) -> None:
+    """Losses of a short run, step by step, as they were when trace.json was written. A change that moves them says why,
+    and deletes the file, which is then written anew.
+    """
+    sgd = tiny.train.optimizer.model_dump() | {"learning_rate": 0.002}  # small, so that rounding does not grow
+    train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, log_every=1, optimizer=sgd))
+    with (tmp_path / "models" / "history.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    stored = Path(__file__).with_name("trace.json")
+    if not stored.exists():
+        stored.write_text(json.dumps({"torch": torch.__version__, "losses": losses}, indent=2) + "\n")
+        pytest.fail(f"{stored.name} was not there and has been written: look at it and commit it")
+    assert losses == pytest.approx(json.loads(stored.read_text())["losses"], rel=0.01, abs=0.02)
+
+
+CHILD = """
+import logging
+import sys
+from pathlib import Path
+import torch
+from pipeline.params import Params
+from stages import train
+torch.set_num_threads(1)
+logging.basicConfig()
+train.run(Path(sys.argv[1]), Path(sys.argv[2]), Params.model_validate_json(Path(sys.argv[3]).read_text()))
+"""
+
+
+@pytest.fixture
+def child(tmp_path: Path, tiny: Params) -> Callable[[str, Params], subprocess.Popen[str]]:
+    def start(name: str, params: Params) -> subprocess.Popen[str]:
+        (tmp_path / "params.json").write_text(params.model_dump_json())
+        places = [tmp_path / name, tmp_path / f"{name}-state", tmp_path / "params.json"]
+        command = [sys.executable, "-c", CHILD, *map(str, places)]
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not list(folder.rglob("iteration-*.pt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def long_run(tiny: Params) -> Params:
+    quick = tiny.machine.model_copy(update={"checkpoint_minutes": 0.0001})
+    schedule = {"name": "steps", "iterations": 40, "warmup": 2, "milestones": [30], "factor": 0.1}
+    silent = tiny.tracking.model_copy(update={"enabled": False})
+    return changed(tiny, schedule=schedule).model_copy(update={"machine": quick, "tracking": silent})
+
+
+def test_ended_in_any_way_it_goes_on_to_the_same_bits(
+    tmp_path: Path, shards: Path, tiny: Params, child: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Asked to end by SIGTERM and by SIGINT, and killed at random moments, as often as COSFACE_KILLS says."""
+    params = long_run(tiny)
+    assert child("whole", params).wait(120) == 0
+    moments = random.Random(int(os.environ.get("COSFACE_KILLS_SEED", "1")))
+    state, models = tmp_path / "ended-state", tmp_path / "ended"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = child("ended", params)
+        wait_for_checkpoint(state, process)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+        assert f"{number.name}: ended after iteration" in process.communicate()[1]
+        assert len(list(state.rglob("*.pt"))) <= params.machine.checkpoints_kept
+        if number == signal.SIGTERM:  # else the next one has a checkpoint before it begins
+            shutil.rmtree(state)
+    for _ in range(int(os.environ.get("COSFACE_KILLS", "1"))):
+        process = child("ended", params)
+        time.sleep(moments.uniform(0, 12))
+        process.kill()
+        process.wait()
+        if (models / "model.json").exists():  # it was done before: the next training is another
+            assert files(models) == files(tmp_path / "whole")
+            shutil.rmtree(models)
+    assert child("ended", params).wait(120) == 0
+    assert files(models) == files(tmp_path / "whole")
 
 
 def test_too_few_examples_are_said(tmp_path: Path, shards: Path, tiny: Params) -> None:
