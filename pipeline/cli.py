@@ -139,6 +139,22 @@ def promote(run_id: Annotated[str, typer.Argument(help="A run's id in MLflow, or
 
 
 @app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="The file.")] = Path("model.onnx"),
+    models: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("models"),
+) -> None:
+    """Write the trained model as ONNX: uint8 faces in, embeddings of length 1 out."""
+    import torch
+
+    from stages.train.export import export
+    from stages.train.model import load_model
+
+    model = load_model(models, torch.device("cpu"))
+    export(model, out)
+    print(f"{out}: images N×3×112×{model.width} uint8, RGB, aligned; embeddings of length 1")
+
+
+@app.command()
 def params() -> None:
     """Check params.yaml, and print every value by its dotted name."""
     from pipeline.params import flatten, load_params

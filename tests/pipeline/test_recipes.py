@@ -1,9 +1,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.cli import RECIPES
 from pipeline.params import Archive, CosFace, Steps, load_params
+from stages.train import loop
 
 ROOT = Path(__file__).parents[2]
 NAMES = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
@@ -12,6 +14,19 @@ NAMES = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_is_valid(name: str) -> None:
     load_params(RECIPES / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_trains(name: str) -> None:
+    """Two steps of its network and head, by its arithmetic and schedule, on a batch of four; not compiled."""
+    section = load_params(RECIPES / f"{name}.yaml").train.model_copy(update={"batch": 4, "compile": False})
+    training = loop.begin(section, 16, torch.device("cpu"))
+    images = torch.randint(0, 256, (4, 3, 112, section.backbone.width), dtype=torch.uint8)
+    for iteration in range(2):
+        loop.step(training, section, iteration, images, torch.arange(4))
+    row = loop.close_row(training, section, 2, {})
+    assert 0 < row.loss < 100
+    assert row.gradient_norm > 0
 
 
 def test_the_repository_comes_with_the_quickstart() -> None:
@@ -32,6 +47,23 @@ def test_cosface_casia_is_the_papers_experiment() -> None:
     )
     assert train.augment.horizontal_flip == 0.5
     assert params.evaluate.flip
+
+
+def test_cosface_large_is_the_papers_other_experiment() -> None:
+    """Wang et al., CosFace, CVPR 2018, section 4.1."""
+    small, large = (load_params(RECIPES / f"{name}.yaml").train for name in ("cosface-casia", "cosface-large"))
+    milestones = [80_000, 140_000, 200_000]
+    schedule = Steps(name="steps", iterations=240_000, warmup=0, milestones=milestones, factor=0.1)
+    sgd = small.optimizer.model_copy(update={"learning_rate": 0.05})
+    assert large == small.model_copy(update={"schedule": schedule, "optimizer": sgd})
+
+
+def test_experiment_1_is_as_reported() -> None:
+    params = load_params(RECIPES / "experiment-1.yaml")
+    train = params.train
+    assert (train.backbone.name, train.batch, train.optimizer.learning_rate) == ("ir50", 128, 0.1)
+    assert train.head == CosFace(name="cosface", scale=64, margin=0.32)
+    assert (params.shard.validation.by, params.shard.validation.share) == ("image", 0.3)
 
 
 def test_cosface_casia_takes_lfw_from_its_mirror_with_its_published_hashes() -> None:
