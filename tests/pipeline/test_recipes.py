@@ -18,12 +18,12 @@ def test_every_recipe_is_valid(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_trains(name: str) -> None:
-    """Two steps of its network and head, by its arithmetic and schedule, on a batch of four; not compiled."""
-    section = load_params(RECIPES / f"{name}.yaml").train.model_copy(update={"batch": 4, "compile": False})
+    """Two steps of its network and head, by its arithmetic and schedule, on a batch of two; not compiled."""
+    section = load_params(RECIPES / f"{name}.yaml").train.model_copy(update={"batch": 2, "compile": False})
     training = loop.begin(section, 16, torch.device("cpu"))
-    images = torch.randint(0, 256, (4, 3, 112, section.backbone.width), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 3, 112, section.backbone.width), dtype=torch.uint8)
     for iteration in range(2):
-        loop.step(training, section, iteration, images, torch.arange(4))
+        loop.step(training, section, iteration, images, torch.arange(2))
     row = loop.close_row(training, section, 2, {})
     assert 0 < row.loss < 100
     assert row.gradient_norm > 0

@@ -12,9 +12,9 @@ from stages.train.backbones import BACKBONES
 from stages.train.export import export
 from stages.train.model import build_model
 
-FAMILIES = ("sphere20", "irse50", "iresnet18", "mobilefacenet", "small")
+FAMILIES = ("iresnet18", "mobilefacenet", "small")
 NAMES = tuple(BACKBONES) if os.environ.get("COSFACE_EVERY_BACKBONE") else FAMILIES
-"""The largest take half a minute each, so by default there is one of each family."""
+"""The largest take half a minute each, so by default there is one of each family (sphere20: at 96 pixels)."""
 
 
 @pytest.mark.parametrize(("name", "width"), [*((name, 112) for name in NAMES), ("sphere20", 96)])

@@ -51,7 +51,7 @@ def test_interrupted_anywhere_ends_in_the_same_bits(
     train.run(tmp_path / "whole", tmp_path / "a", tiny)
     assert not list((tmp_path / "a").iterdir())
     step = loop.step
-    for kill_at in (2, 4, 9, 13):
+    for kill_at in (2, 9):
         checkpoints = tmp_path / f"b{kill_at}"
 
         def dying(training, params, iteration, *rest, kill_at=kill_at):  # type: ignore[no-untyped-def]
@@ -215,7 +215,10 @@ def test_the_batch_in_parts_is_the_batch(shards: Path, tiny: Params) -> None:
     assert weights[0][2].gradient_norm == pytest.approx(weights[1][2].gradient_norm, rel=1e-4)
 
 
-no_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+no_compiler = pytest.mark.skipif(
+    not os.environ.get("COSFACE_COMPILE") or shutil.which("g++") is None,
+    reason="torch.compile needs g++ on a CPU, and a minute: set COSFACE_COMPILE=1",
+)
 
 
 @pytest.mark.parametrize(
@@ -224,14 +227,15 @@ no_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.comp
     ids=["bf16", "fp16", "compiled"],
 )
 def test_other_arithmetic_learns_alike(tmp_path: Path, shards: Path, tiny: Params, changes: dict[str, Any]) -> None:
-    """The same start to rounding, and much learnt in the end."""
+    """The same start to rounding, and something learnt in the end."""
     losses = []
-    for name, params in (("plain", changed(tiny, log_every=1)), ("changed", changed(tiny, log_every=1, **changes))):
+    short = {"log_every": 1, "schedule": {"name": "polynomial", "iterations": 10, "warmup": 1, "power": 1.0}}
+    for name, params in (("plain", changed(tiny, **short)), ("changed", changed(tiny, **short, **changes))):
         train.run(tmp_path / name, tmp_path / "checkpoints", params)
         with (tmp_path / name / "history.csv").open() as file:
             losses.append([float(row["loss"]) for row in csv.DictReader(file)])
     assert losses[1][0] == pytest.approx(losses[0][0], rel=0.03)
-    assert all(own[-1] < own[0] / 5 for own in losses)
+    assert all(own[-1] < own[0] for own in losses)
     plain, other = (load_file(tmp_path / name / "backbone.safetensors").keys() for name in ("plain", "changed"))
     assert plain == other
 
@@ -303,7 +307,7 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
 
 def long_run(tiny: Params) -> Params:
     quick = tiny.machine.model_copy(update={"checkpoint_minutes": 0.0001})
-    schedule = {"name": "steps", "iterations": 40, "warmup": 2, "milestones": [30], "factor": 0.1}
+    schedule = {"name": "steps", "iterations": 24, "warmup": 2, "milestones": [18], "factor": 0.1}
     silent = tiny.tracking.model_copy(update={"enabled": False})
     return changed(tiny, schedule=schedule).model_copy(update={"machine": quick, "tracking": silent})
 
