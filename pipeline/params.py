@@ -433,7 +433,11 @@ class Train(Section):
     seed: Seed
     backbone: Backbone
     head: Annotated[Head, Field(discriminator="name")]
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    """Share of the class centres that an iteration compares with and moves (PartialFC); 1 is the paper's. The centres
+    of the batch's own identities are always among them."""
     batch: Annotated[int, Field(ge=2)]
+    """Images of an iteration, of all processes together."""
     sampling: Annotated[UniformSampling | BalancedSampling, Field(discriminator="name")]
     optimizer: Optimizer
     schedule: Annotated[Schedule, Field(discriminator="name")]
@@ -494,6 +498,9 @@ class Machine(Section):
     memory: Annotated[float, Field(gt=0)]
     """What a worker may need, GiB."""
     device: Literal["auto", "cpu", "cuda"]
+    processes: Count | None
+    """That train together on this machine; null for one on each GPU, or one on the CPU. Each computes batch
+    normalisation over its own share of a batch; all else is the same for any number, to rounding."""
     cache: Literal["none", "host", "device"]
     """Whether training decodes each image every time, or once: into memory, shared by all processes, or into the
     GPU's. 37 kB an image, 18.4 GB for CASIA-WebFace."""

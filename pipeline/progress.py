@@ -35,7 +35,7 @@ def progress(items: Iterable[T], *, total: int | None, label: str, unit: str) ->
             shown.update()
 
 
-def bar(*, total: int | None, label: str, unit: str, initial: int = 0) -> "tqdm[Any]":
+def bar(*, total: int | None, label: str, unit: str, initial: int = 0, shown: bool = True) -> "tqdm[Any]":
     """Progress to `update` by hand, as a context manager.
 
     Args:
@@ -43,11 +43,13 @@ def bar(*, total: int | None, label: str, unit: str, initial: int = 0) -> "tqdm[
         label: what is being done.
         unit: what is counted, in the plural.
         initial: how many were already done, by an interrupted run.
+        shown: whether anything is to be seen: of several processes that do it together, one shows it.
     """
     terminal = sys.stderr.isatty()
     return (tqdm if terminal else _Lines)(
         total=total,
         initial=initial,
+        disable=not shown,
         desc=label,
         unit=f" {unit}" if terminal else unit,
         dynamic_ncols=terminal,

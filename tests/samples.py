@@ -20,6 +20,7 @@ HERE = Machine(
     threads=1,
     memory=0.5,
     device="cpu",
+    processes=None,
     cache="none",
     checkpoint_minutes=60,
     checkpoints_kept=2,

@@ -2,15 +2,18 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from pipeline.executor import choose_device, keep_memory
 from pipeline.params import CosFace, Params
 from pipeline.tables import atomic, fingerprint
-from pipeline.tracking import model_digest, training_run
+from pipeline.tracking import NoRun, model_digest, training_run
 from stages.shard.reader import Shards
 from stages.train.checkpoint import Checkpoints
 from stages.train.heads import margin_upper_bound, scale_lower_bound
@@ -18,6 +21,7 @@ from stages.train.loader import Loader
 from stages.train.loop import Row, Training, begin, history_csv, train
 from stages.train.meter import Speed
 from stages.train.model import input_contract, save_model
+from stages.train.ranks import Ranks, barrier, collected, together
 from stages.train.sheet import write_sheet
 from stages.train.validation import ByIdentity, ByImage
 
@@ -28,6 +32,9 @@ CODE = (Path(__file__).parent, Path(__file__).parents[1] / "shard")
 
 def run(models: Path, checkpoints_root: Path, params: Params) -> None:
     """Train on the shards of `train.data` and leave the model, its metrics and its history in `models`.
+
+    By this process alone, or, where torchrun has started it, together with the others: then `models` and the
+    checkpoints must be folders that all of them see.
 
     An interrupted training goes on from its last checkpoint and ends, on a CPU, in the same bits as one that was
     never interrupted. Writes backbone.safetensors, head.safetensors, model.json, train.json, history.csv, and
@@ -44,33 +51,42 @@ def run(models: Path, checkpoints_root: Path, params: Params) -> None:
         Interrupted: asked to end; a checkpoint is there.
     """
     keep_memory()
-    device = choose_device(params.machine.device)
+    with together(choose_device(params.machine.device)) as (ranks, device):
+        if not ranks.first:
+            logging.getLogger().setLevel(logging.ERROR)  # the first speaks for all
+        _run(models, checkpoints_root, params, ranks, device)
+
+
+def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, device: torch.device) -> None:
     shards = Shards(params.train.data)
     classes = int(np.count_nonzero(shards.identities()["train"].to_numpy()))
     data = shards.hashes()
     key = fingerprint(params.train.model_dump(exclude={"data"}), data, code=CODE)
     _warn_of_bounds(classes, params)
 
-    checkpoints = Checkpoints(checkpoints_root, key, params.machine.checkpoints_kept)
-    training = begin(params.train, classes, device)
+    checkpoints = Checkpoints(checkpoints_root, key, params.machine.checkpoints_kept, ranks)
+    training = begin(params.train, classes, device, ranks)
     found = checkpoints.newest()
     done = 0
     if found:
-        done, state = found
-        training.restore(state)
+        done = found.iteration
+        training.restore(found)
     split, face = shards.split("train"), shards.index.face
-    loader = Loader(split, face, params.train, device, cache=params.machine.cache)
+    loader = Loader(split, face, params.train, device, cache=params.machine.cache, rank=ranks.rank, world=ranks.size)
     loader.load_state_dict({"iteration": done})
     validation = (ByImage if shards.val_pairs() is None else ByIdentity)(shards, params.train)
     log.info(
-        "training %s by %s on %d images of %d identities, on %s",
+        "training %s by %s on %d images of %d identities, on %s%s",
         params.train.backbone.name,
         params.train.head.summary,
         len(split),
         classes,
-        device,
+        device.type,
+        f", {ranks.size} processes" if ranks.size > 1 else "",
     )
-    with training_run(params, lineage={"data.shards": fingerprint(data)}, resume_id=training.run_id) as tracked:
+    lineage = {"data.shards": fingerprint(data)}
+    tracking = training_run(params, lineage=lineage, resume_id=training.run_id) if ranks.first else nullcontext(NoRun())
+    with tracking as tracked:
         training.run_id = tracked.id
 
         def on_row(row: Row, speed: Speed) -> None:
@@ -79,12 +95,16 @@ def run(models: Path, checkpoints_root: Path, params: Params) -> None:
             tracked.log_metrics({f"train/{name}": v for name, v in values.items() if v is not None}, step=step)
 
         train(params.train, params.machine, loader, validation, training, done, device, checkpoints, on_row)
-        _write(models, training, params, data, len(split), classes)
-        write_sheet(models / "faces.png", split, face, params.train)
-        tracked.log_figure(models / "faces.png", "faces.png")
-        tracked.set_tag("model.sha256", model_digest(models))
-        tracked.log_model(models)
-    checkpoints.clear()
+        centres = collected(training.head.weight, ranks)
+        if centres is not None:
+            training.head.weight = nn.Parameter(centres)
+            _write(models, training, params, data, len(split), classes)
+            write_sheet(models / "faces.png", split, face, params.train)
+            tracked.log_figure(models / "faces.png", "faces.png")
+            tracked.set_tag("model.sha256", model_digest(models))
+            tracked.log_model(models)
+            checkpoints.clear()
+    barrier(ranks)
     last = training.history[-1]
     log.info(
         "trained: loss %.3f, accuracy %.3f; validation: accuracy %s, AUC %s",

@@ -19,6 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import params
+from pipeline.errors import InputError
+from stages.train.ranks import (
+    ALONE,
+    Ranks,
+    gathered,
+    gathered_copies,
+    gathered_parts,
+    greatest_of,
+    log_sum,
+    only_one,
+    summed,
+)
 
 CHUNK = {"cpu": 1 << 15, "cuda": 1 << 17}
 """Classes whose similarities are held at once; with more of them, they are computed again for the gradient."""
@@ -44,6 +56,9 @@ class Judgement:
 class Head(nn.Module, ABC):
     """Class centres, C×D, and the loss that they pull embeddings by.
 
+    Of several ranks each holds its slice of the centres, and all have the loss of all their examples: `divide`. Part of
+    the centres may stand for all: `choose`.
+
     Args:
         classes: C, identities.
         embedding: D, length of the embedding.
@@ -58,6 +73,44 @@ class Head(nn.Module, ABC):
         self.weight = nn.Parameter(torch.empty(classes, embedding))
         nn.init.xavier_normal_(self.weight)
         self.scale = scale
+        self.classes = classes
+        self.ranks = ALONE
+        self.rows: Tensor | None = None
+        """Which of this rank's centres `weight` holds for the time being, in order; None: all."""
+
+    def divide(self, ranks: Ranks) -> None:
+        """Keep this rank's slice of the centres.
+
+        Raises:
+            InputError: there are fewer than two for each rank.
+        """
+        if self.classes < 2 * ranks.size:
+            raise InputError(
+                f"{self.classes} identities are too few for {ranks.size} processes: lower machine.processes"
+            )
+        self.ranks = ranks
+        mine = ranks.share(self.classes)
+        self.weight = nn.Parameter(self.weight.detach()[mine.start : mine.stop].clone())
+
+    def choose(self, labels: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+        """Rows of this rank's centres for one iteration: those of the labels, and others by chance, `rate` of all.
+
+        PartialFC (An et al., CVPR 2022, arXiv 2203.15565, Algorithm 1).
+
+        Args:
+            labels: N int64, of all ranks.
+            rate: share of the centres, above 0; more where the labels have more.
+            generator: on the device of the centres.
+
+        Returns:
+            k int64, increasing.
+        """
+        mine = self.ranks.share(self.classes)
+        own = labels[(labels >= mine.start) & (labels < mine.stop)].unique() - mine.start
+        chance = torch.rand(len(mine), device=labels.device, generator=generator)
+        chance[own] = 2.0
+        count = max(round(rate * len(mine)), len(own), 2)
+        return chance.topk(min(count, len(mine))).indices.sort().values
 
     @abstractmethod
     def margined(self, cosines: Tensor, norms: Tensor) -> Tensor:
@@ -75,8 +128,9 @@ class Head(nn.Module, ABC):
         """Loss and cosines, computed in the centres' precision, fp32, under any autocast.
 
         Args:
-            embeddings: N×D float, not normalised.
-            labels: N int64 in [0, C).
+            embeddings: N×D float, not normalised. Of several ranks each gives its own in training, and has the loss
+                of all; in evaluation all give the same.
+            labels: N int64 in [0, C), likewise.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.to(self.weight.dtype)
@@ -85,23 +139,46 @@ class Head(nn.Module, ABC):
                 scaled, lengths = embeddings, norms
             else:
                 scaled, lengths = self.scale * F.normalize(embeddings), torch.full_like(norms, self.scale)
-            found = similarities(scaled, self.weight, labels, normalised=self.normalised)
+            several = self.ranks.size > 1
+            if several and self.training:
+                scaled, lengths = gathered_parts(scaled), gathered_copies(lengths)
+                norms, labels = gathered(norms), gathered(labels)
+            places = self._places(labels) if several or self.rows is not None else labels
+            found = similarities(scaled, self.weight, places, normalised=self.normalised)
+            own_centres, near_centres = self._centres(places), self._centres(found.index)
+            if several:
+                nearest, near_centres = greatest_of(found.nearest, near_centres)
+                found = Similarities(log_sum(found.others), only_one(found.own), nearest, found.index)
+                own_centres = summed(own_centres)
             # As long as a centre where its length counts (softmax), so that what is margined is a cosine
-            own_lengths = lengths if self.normalised else lengths * self.weight.detach()[labels].norm(dim=1)
+            own_lengths = lengths * own_centres
             own = found.own / own_lengths.clamp_min(EPSILON)
             target = own_lengths * self.margined(own, norms.detach())
             loss = F.softplus(found.others - target).mean()
             with torch.no_grad():
-                near_lengths = lengths if self.normalised else lengths * self.weight[found.index].norm(dim=1)
-                nearest = found.nearest / near_lengths.clamp_min(EPSILON)
+                nearest = found.nearest / (lengths * near_centres).clamp_min(EPSILON)
             correct, beyond = found.own > found.nearest, target.detach() > found.nearest
             return Judgement(loss, own.detach(), nearest, correct, beyond)
+
+    def _places(self, labels: Tensor) -> Tensor:
+        """(N,) rows of `weight` that labels have; −1 for those of other ranks."""
+        mine = self.ranks.share(self.classes)
+        places = torch.where((labels >= mine.start) & (labels < mine.stop), labels - mine.start, -1)
+        if self.rows is None:
+            return places
+        among = torch.searchsorted(self.rows, places).clamp_max(len(self.rows) - 1)
+        return torch.where(self.rows[among] == places, among, -1)
+
+    def _centres(self, places: Tensor) -> Tensor:
+        """(N,) lengths of the centres in some rows, without gradient; 1 where only directions count; 0 for −1."""
+        here = (places >= 0).float()
+        return here if self.normalised else here * self.weight.detach()[places.clamp_min(0)].norm(dim=1)
 
     def extra_repr(self) -> str:
         """Shape and hyper-parameters, for `print(head)`."""
         values = {name: value for name, value in vars(self).items() if isinstance(value, float | int | bool)}
-        values.pop("training")
-        return ", ".join([f"classes={len(self.weight)}", *(f"{name}={value:g}" for name, value in values.items())])
+        del values["training"], values["classes"]
+        return ", ".join([f"classes={self.classes}", *(f"{name}={value:g}" for name, value in values.items())])
 
 
 class Softmax(Head):
@@ -291,7 +368,7 @@ def similarities(
     Args:
         embeddings: N×D fp32.
         weight: C×D fp32, the centres, C ≥ 2.
-        labels: N int64 in [0, C).
+        labels: N int64 below C; negative where the own class is none of these.
         normalised: whether centres are to be normalised.
         chunk: classes at a time; by default CHUNK.
     """

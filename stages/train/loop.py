@@ -1,4 +1,7 @@
-"""The training loop: a function from (parameters, shards) to a model, which can stop and go on anywhere."""
+"""The training loop: a function from (parameters, shards) to a model, which can stop and go on anywhere.
+
+Several processes run it side by side, each on its share of every batch: see ranks.py.
+"""
 
 import csv
 import io
@@ -7,21 +10,25 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import InputError
 from pipeline.params import Machine, Train
 from pipeline.progress import bar
-from stages.train.checkpoint import Checkpoints
+from stages.train.checkpoint import Checkpoint, Checkpoints
 from stages.train.heads import Head, build_head
 from stages.train.loader import Loader
 from stages.train.meter import Meter, Speed
 from stages.train.model import FaceModel, build_model
+from stages.train.ranks import ALONE, Ranks, agreed, gathered, same_buffers, summed
 from stages.train.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -79,40 +86,70 @@ class Training:
     """Of the examples since the last row: _SUMS."""
     broken: Tensor
     """(2,) the first iteration, counted from 1, whose loss or gradient was not finite, and its gradient norm."""
+    ranks: Ranks = ALONE
+    together: DistributedDataParallel | None = None
+    """The model, with gradients averaged over ranks; None for one alone."""
     history: list[Row] = field(default_factory=list)
     run_id: str | None = None
     """Of the MLflow run, so that a resumed training goes on in the same one."""
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+    @property
+    def momentum(self) -> dict[str, Tensor]:
+        """What the optimizer remembers of the centres."""
+        return self.optimizer.state[self.head.weight]
+
+    def common(self) -> dict[str, Any]:
+        """For a checkpoint: what all ranks have alike."""
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {key: value for key, value in optimizer["state"].items() if key != self._last}
         return {
             "model": self.model.state_dict(),
-            "head": self.head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "head": {name: value for name, value in self.head.state_dict().items() if name != "weight"},
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "history": [asdict(row) for row in self.history],
             "sums": self.sums,
             "run_id": self.run_id,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        self.model.load_state_dict(state["model"])
-        self.head.load_state_dict(state["head"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.history = [Row(**row) for row in state["history"]]
-        self.sums = state["sums"].to(self.sums.device)
-        self.run_id = state["run_id"]
-        torch.set_rng_state(state["rng"])
-        if len(state["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+    def own(self) -> dict[str, Any]:
+        """For a checkpoint: this rank's centres and random states."""
+        return {
+            "weight": self.head.weight.detach(),
+            "momentum": dict(self.momentum),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.sums.is_cuda else None,
+        }
+
+    def restore(self, saved: Checkpoint) -> None:
+        """From a checkpoint, by whatever number of ranks."""
+        common, mine = saved.common, self.ranks.share(self.head.classes)
+        self.model.load_state_dict(common["model"])
+        weight = _rows([own["weight"] for own in saved.own], mine).to(self.sums.device)
+        self.head.load_state_dict(common["head"] | {"weight": weight})
+        names = saved.own[0]["momentum"]
+        momentum = {name: _rows([own["momentum"][name] for own in saved.own], mine) for name in names}
+        optimizer = common["optimizer"]
+        self.optimizer.load_state_dict(optimizer | {"state": optimizer["state"] | {self._last: momentum}})
+        self.scaler.load_state_dict(common["scaler"])
+        self.history = [Row(**row) for row in common["history"]]
+        self.sums = common["sums"].to(self.sums.device)
+        self.run_id = common["run_id"]
+        if self.ranks.rank < len(saved.own):
+            own = saved.own[self.ranks.rank]
+            torch.set_rng_state(own["rng"])
+            if own["cuda_rng"] is not None and self.sums.is_cuda:
+                torch.cuda.set_rng_state(own["cuda_rng"])
+
+    @property
+    def _last(self) -> int:
+        """The optimizer's number of the centres: they come after the model's parameters."""
+        return len(self.optimizer.param_groups[0]["params"]) - 1
 
     @contextmanager
     def judging(self) -> Iterator[None]:
-        """In evaluation mode for a while."""
+        """In evaluation mode for a while, all ranks with the same model."""
+        same_buffers(self.model, self.ranks)
         self.model.eval()
         self.head.eval()
         yield
@@ -125,8 +162,12 @@ _SUMS = ("loss", "accuracy", "own_cosine", "nearest_cosine", "beyond_margin", "e
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def begin(params: Train, classes: int, device: torch.device) -> Training:
-    """A training at iteration 0; its weights follow from `params.seed`."""
+def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALONE) -> Training:
+    """A training at iteration 0; its weights follow from `params.seed`, whatever the number of ranks.
+
+    Raises:
+        InputError: there are more ranks than the identities allow.
+    """
     torch.manual_seed(params.seed)
     # cuDNN's convolutions would use TF32 unasked.
     torch.backends.cudnn.allow_tf32 = params.precision == "tf32"
@@ -134,10 +175,17 @@ def begin(params: Train, classes: int, device: torch.device) -> Training:
     model.recompute = params.recompute
     if params.compile:
         model.backbone.compile(fullgraph=True)
-    head = build_head(params.head, classes, params.backbone.embedding).to(device)
+    head = build_head(params.head, classes, params.backbone.embedding)
+    together = None
+    if ranks.size > 1:
+        head.divide(ranks)
+        places = [device.index] if device.index is not None else None
+        together = DistributedDataParallel(model, device_ids=places, gradient_as_bucket_view=True)
+        torch.manual_seed(_seed(params.seed, ranks.rank))  # or dropout would be the same on all
+    head.to(device)
     sgd = params.optimizer
     optimizer = torch.optim.SGD(
-        [*model.parameters(), *head.parameters()],
+        [*model.parameters(), head.weight],
         lr=sgd.learning_rate,
         momentum=sgd.momentum,
         weight_decay=sgd.weight_decay,
@@ -147,9 +195,23 @@ def begin(params: Train, classes: int, device: torch.device) -> Training:
         # Fused SGD allocates what it is to fill in its first step, and leaves it unfilled where fp16 skips that step.
         for parameter in optimizer.param_groups[0]["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    scaler = torch.amp.GradScaler(device.type, enabled=params.precision == "fp16")
+    scaler_of = torch.amp.GradScaler if ranks.size == 1 else ShardedGradScaler
+    scaler = scaler_of(device.type, enabled=params.precision == "fp16")
     sums, broken = (torch.zeros(size, dtype=torch.float64, device=device) for size in (len(_SUMS), 2))
-    return Training(model.train(), head.train(), optimizer, scaler, sums, broken)
+    return Training(model.train(), head.train(), optimizer, scaler, sums, broken, ranks, together)
+
+
+def _seed(*of: int) -> int:
+    return int(np.random.SeedSequence(of).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _rows(parts: list[Tensor], wanted: range) -> Tensor:
+    """Some rows of what lies in several parts, one below the other."""
+    pieces, start = [], 0
+    for part in parts:
+        pieces.append(part[max(wanted.start - start, 0) : max(wanted.stop - start, 0)])
+        start += len(part)
+    return torch.cat(pieces)
 
 
 def train(
@@ -182,11 +244,11 @@ def train(
     """
     total = params.schedule.iterations
     batches = iter(loader)
-    meter = Meter(params, loader, device, done)
+    meter = Meter(params, loader, device, done, training.ranks.size)
     saved = time.monotonic()
     with (
-        asked_to_end() as asked,
-        bar(total=total, initial=done, label="training", unit="iterations") as shown,
+        asked_to_end(patient=training.ranks.size > 1) as asked,
+        bar(total=total, initial=done, label="training", unit="iterations", shown=training.ranks.first) as shown,
     ):
         for iteration in range(done, total):
             batch = next(batches)
@@ -205,43 +267,58 @@ def train(
                 )
                 meter.reset(finished)
             shown.update()
-            if validating or asked() or time.monotonic() - saved > 60 * machine.checkpoint_minutes:
+            waited = time.monotonic() - saved > 60 * machine.checkpoint_minutes
+            end, due = agreed(training.ranks, asked(), int(waited))
+            if validating or end or due:
                 _check(training, params)
-                checkpoints.save(finished, training.state())
+                checkpoints.save(finished, training.common(), training.own())
                 saved = time.monotonic()
-            if asked() and finished < total:
-                log.warning(
-                    "%s: ended after iteration %d of %d, with a checkpoint from which the same command goes on",
-                    signal.Signals(asked()).name,
-                    finished,
-                    total,
-                )
-                raise Interrupted(128 + asked())
+            if end and finished < total:
+                if training.ranks.first:
+                    log.warning(
+                        "%s: ended after iteration %d of %d, with a checkpoint from which the same command goes on",
+                        signal.Signals(end).name,
+                        finished,
+                        total,
+                    )
+                raise Interrupted(128 + end)
 
 
 def step(training: Training, params: Train, iteration: int, images: Tensor, labels: Tensor) -> None:
-    """One iteration: forward, backward, update. Nothing in it waits for a GPU."""
+    """One iteration: forward, backward, update. Nothing in it waits for a GPU, unless centres are sampled.
+
+    Args:
+        images: this rank's share of the batch, n×3×112×width uint8.
+        labels: n int64.
+    """
     rate = learning_rate(params.optimizer.learning_rate, params.schedule, iteration)
     for group in training.optimizer.param_groups:
         group["lr"] = rate
     training.optimizer.zero_grad()
+    with _sampled(training, params, iteration, labels):
+        _learn(training, params, iteration, images, labels)
+
+
+def _learn(training: Training, params: Train, iteration: int, images: Tensor, labels: Tensor) -> None:
     parts = params.micro_batches
-    losses = []
-    for some, own in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-        with torch.autocast(images.device.type, _AUTOCAST.get(params.precision), params.precision in _AUTOCAST):
-            features = training.model(some)
-        judged = training.head(features, own)
-        training.scaler.scale(judged.loss / parts).backward()
+    losses, examples = [], 0
+    for i, (some, own) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+        with _gathering(training, last=i == parts - 1):
+            with torch.autocast(images.device.type, _AUTOCAST.get(params.precision), params.precision in _AUTOCAST):
+                features = (training.together or training.model)(some)
+            judged = training.head(features, own)
+            training.scaler.scale(judged.loss / parts).backward()
         losses.append(judged.loss.detach())
+        examples += len(judged.own)
         told = [judged.correct, judged.own, judged.nearest, judged.beyond, torch.ones_like(judged.own)]
         training.sums[1:6] += torch.stack([values.double().sum() for values in told])
     training.scaler.unscale_(training.optimizer)
-    norm = _clip(training.optimizer, params.optimizer.clip_norm)
+    norm = _clip(training, params.optimizer.clip_norm)
     training.scaler.step(training.optimizer)
     training.scaler.update()
     loss = torch.stack(losses).double().mean()
     finite = norm.isfinite()
-    training.sums[0] += loss * len(labels)
+    training.sums[0] += loss * examples
     training.sums[6:] += torch.stack([torch.where(finite, norm, 0), finite]).double()
     # A scaled gradient may be too large for fp16 now and then: such a step is left out, and the scale lowered.
     bad = ~loss.isfinite() if training.scaler.is_enabled() else ~(loss.isfinite() & finite)
@@ -249,10 +326,50 @@ def step(training: Training, params: Train, iteration: int, images: Tensor, labe
     training.broken = torch.where(first, torch.stack([norm.new_tensor(iteration + 1), norm]).double(), training.broken)
 
 
-def _clip(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:
+def _gathering(training: Training, *, last: bool) -> AbstractContextManager[None]:
+    """While gradients add up: only with those of the last part do they pass between ranks."""
+    return nullcontext() if last or training.together is None else training.together.no_sync()
+
+
+@contextmanager
+def _sampled(training: Training, params: Train, iteration: int, labels: Tensor) -> Iterator[None]:
+    """With a part of the centres in place of all: `train.sample_rate`.
+
+    The others are left as they are, and so is what momentum remembers of them (An et al., CVPR 2022, Algorithm 1).
+    Which ones follows from seed, iteration and rank.
+    """
+    if params.sample_rate == 1:
+        yield
+        return
+    head, optimizer = training.head, training.optimizer
+    everyone = labels if training.ranks.size == 1 else gathered(labels)
+    generator = torch.Generator(labels.device)
+    generator.manual_seed(_seed(params.seed, iteration, training.ranks.rank))
+    whole, memory = head.weight, training.momentum
+    head.rows = head.choose(everyone, params.sample_rate, generator)
+    head.weight = nn.Parameter(whole.detach()[head.rows])
+    optimizer.param_groups[0]["params"][-1] = head.weight
+    optimizer.state[head.weight] = {name: value[head.rows] for name, value in memory.items()}
+    try:
+        yield
+    finally:
+        part = optimizer.state.pop(head.weight)
+        whole.data[head.rows] = head.weight.detach()
+        for name, value in memory.items():
+            value[head.rows] = part[name]
+        optimizer.param_groups[0]["params"][-1] = whole
+        head.weight, head.rows = whole, None
+
+
+def _clip(training: Training, largest: float | None) -> Tensor:
     """The norm of all gradients together, which are shortened to `largest` where that is longer."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    parameters = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
+    if training.ranks.size == 1:
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    else:
+        of_model = nn.utils.get_total_norm([p.grad for p in parameters[:-1] if p.grad is not None])
+        assert parameters[-1].grad is not None
+        norm = (of_model.square() + summed(parameters[-1].grad.norm().square())).sqrt()
     if largest is not None:
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm
@@ -279,7 +396,8 @@ def close_row(training: Training, params: Train, finished: int, measured: dict[s
         **{name: value / examples for name, value in sums.items()},
     )
     training.history.append(row)
-    _report_standstill(training.history, params)
+    if training.ranks.first:
+        _report_standstill(training.history, params)
     return row
 
 
@@ -313,8 +431,12 @@ def _report_standstill(history: list[Row], params: Train) -> None:
 
 
 @contextmanager
-def asked_to_end() -> Iterator[Callable[[], int]]:
-    """What to ask whether SIGTERM or SIGINT has come, and which (0: none). A second one ends the process at once."""
+def asked_to_end(*, patient: bool) -> Iterator[Callable[[], int]]:
+    """What to ask whether SIGTERM or SIGINT has come, and which (0: none).
+
+    A second one ends the process at once, unless it is `patient`: torchrun passes on what the terminal has sent
+    already, and kills by itself what does not end.
+    """
     received = [0]
     if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
         yield lambda: 0
@@ -323,6 +445,8 @@ def asked_to_end() -> Iterator[Callable[[], int]]:
 
     def note(number: int, _: Any) -> None:
         received[0] = number
+        if patient:
+            return
         for other, handler in before.items():
             signal.signal(other, handler)
 

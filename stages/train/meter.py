@@ -34,13 +34,14 @@ class Speed:
     teraflops: float
     """Forward and backward (three times forward) of the backbone, a second; what is computed again does not count."""
     utilisation: float | None
-    """That as a share of the GPU's peak (MFU); null where the peak is not known."""
+    """That as a share of the GPUs' peak (MFU); null where the peak is not known."""
 
 
 class Meter:
-    """Measures from one reset to the next."""
+    """Measures from one reset to the next; images and operations are those of all ranks."""
 
-    def __init__(self, params: Train, loader: Loader, device: torch.device, done: int) -> None:
+    def __init__(self, params: Train, loader: Loader, device: torch.device, done: int, ranks: int = 1) -> None:
+        self._ranks = ranks
         self._params, self._loader, self._device = params, loader, device
         self._flops = 3 * forward_flops(params.backbone) * params.batch
         self.reset(done)
@@ -65,7 +66,7 @@ class Meter:
             data_wait=(self._loader.waited - self._waited) / seconds,
             memory_gib=memory / 2**30,
             teraflops=teraflops,
-            utilisation=None if peak is None else teraflops / peak,
+            utilisation=None if peak is None else teraflops / (peak * self._ranks),
         )
 
 

@@ -102,22 +102,26 @@ def test_it_learns(tmp_path: Path, shards: Path, tiny: Params) -> None:
     assert metrics["val_accuracy"] > 0.5
 
 
-def test_a_corrupt_newest_checkpoint_falls_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("which", ["iteration-00000003.pt", "iteration-00000003.rank-00-of-01.pt"])
+def test_a_corrupt_newest_checkpoint_falls_back(tmp_path: Path, caplog: pytest.LogCaptureFixture, which: str) -> None:
     saved = checkpoint.Checkpoints(tmp_path, "k" * 64, 2)
     for iteration in (1, 2, 3):
-        saved.save(iteration, {"value": torch.tensor(iteration)})
-    newest = sorted(saved.folder.iterdir())[-1]
-    assert [path.name for path in sorted(saved.folder.iterdir())] == [
-        "iteration-00000002.pt",
-        "iteration-00000003.pt",
+        saved.save(iteration, {"value": torch.tensor(iteration)}, {"mine": torch.tensor(-iteration)})
+    assert sorted(path.name for path in saved.folder.iterdir()) == [
+        f"iteration-0000000{i}{part}.pt" for i in (2, 3) for part in ("", ".rank-00-of-01")
     ]
-    for damage in (newest.read_bytes()[:100], b"", b"\x80\x04garbage" * 20):
-        newest.write_bytes(damage)
+    newest = saved.folder / which
+    for damage in (newest.read_bytes()[:100], b"", b"\x80\x04garbage" * 20, None):
+        newest.unlink()
+        if damage is not None:
+            newest.write_bytes(damage)
         found = saved.newest()
         assert found is not None
-        assert found[0] == 2
-        assert found[1]["value"].item() == 2
-        assert "trying the one before" in caplog.text
+        assert (found.iteration, found.common["value"].item(), found.own[0]["mine"].item()) == (2, 2, -2)
+        if damage is not None or which.endswith("01.pt"):
+            assert f"{which}: not readable" in caplog.text
+            assert "trying the one before" in caplog.text
+        caplog.clear()
     assert checkpoint.Checkpoints(tmp_path, "other" * 13, 2).newest() is None
 
 
@@ -299,7 +303,7 @@ def child(tmp_path: Path, tiny: Params) -> Callable[[str, Params], subprocess.Po
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
-    while not list(folder.rglob("iteration-*.pt")):
+    while not list(folder.rglob("iteration-????????.pt")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -326,7 +330,7 @@ def test_ended_in_any_way_it_goes_on_to_the_same_bits(
         process.send_signal(number)
         assert process.wait(60) == 128 + number
         assert f"{number.name}: ended after iteration" in process.communicate()[1]
-        assert len(list(state.rglob("*.pt"))) <= params.machine.checkpoints_kept
+        assert len(list(state.rglob("iteration-????????.pt"))) <= params.machine.checkpoints_kept
         if number == signal.SIGTERM:  # else the next one has a checkpoint before it begins
             shutil.rmtree(state)
     for _ in range(int(os.environ.get("COSFACE_KILLS", "1"))):

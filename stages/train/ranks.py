@@ -1,0 +1,238 @@
+"""Processes that train together: ranks, and what passes between them.
+
+Each has its share of every batch, the whole backbone, and a slice of the class centres. A rank's backbone learns from
+its own images; gradients are averaged by DistributedDataParallel. Embeddings and labels of all ranks are gathered,
+each rank compares them with its own centres, and what that gives is combined, so that every rank has the loss of the
+whole batch (the model-parallel head of An et al., "Killing Two Birds with One Stone", CVPR 2022, arXiv 2203.15565,
+section 3).
+
+With one process nothing here is called.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+from pipeline.params import Machine
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others before it gives up: a dead one must not hold the rest for ever."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this one speaks for all: it writes what is one file, logs and tracks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """This rank's equal share of `count` things, in order; sizes differ by one at most."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+
+ALONE = Ranks()
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of those that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def processes(machine: Machine) -> int:
+    """How many processes a training on this machine has: `machine.processes`, or one for each GPU, or one.
+
+    Raises:
+        InputError: there are not so many GPUs.
+    """
+    gpus = torch.cuda.device_count() if machine.device != "cpu" else 0
+    wanted = machine.processes or max(gpus, 1)
+    if gpus and wanted > gpus:
+        raise InputError(f"machine.processes: {wanted}, but there are {gpus} GPUs, and each takes one")
+    return wanted
+
+
+def spread(machine: Machine, module: str) -> None:
+    """Have `python -m module` run by as many processes as the machine is to have, in place of this one.
+
+    Returns, having done nothing, where that is one, or where torchrun has started this process already.
+    """
+    count = processes(machine)
+    if count > 1 and not started_by_torchrun():
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", module]
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *command, *sys.argv[1:]])
+
+
+@contextmanager
+def together(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the other ranks that torchrun has started, if it has; leave them in the end.
+
+    Yields:
+        The ranks, and the device: of several GPUs, that of the local rank. GPUs talk by nccl, CPUs by gloo.
+    """
+    if not started_by_torchrun():
+        yield ALONE, device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        dist.destroy_process_group()
+
+
+def agreed(ranks: Ranks, *flags: int) -> list[int]:
+    """The greatest of each flag over ranks: what all must do alike though each learns of it by itself.
+
+    On the CPU, so that nobody waits for a GPU.
+    """
+    if ranks.size == 1:
+        return list(flags)
+    greatest = torch.tensor(flags)
+    dist.all_reduce(greatest, dist.ReduceOp.MAX)
+    return greatest.tolist()
+
+
+def barrier(ranks: Ranks) -> None:
+    """Wait until every rank is here."""
+    agreed(ranks, 0)
+
+
+def same_buffers(module: nn.Module, ranks: Ranks) -> None:
+    """Give every rank the running statistics of the first."""
+    if ranks.size > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def collected(rows: Tensor, ranks: Ranks) -> Tensor | None:
+    """Rows of all ranks, of which each has some, one below the other, on the CPU of the first; None on the others."""
+    if ranks.size == 1:
+        return rows.detach().cpu()
+    own, whole = rows.detach().cpu().contiguous(), []
+    for rank, count in enumerate(gathered(torch.tensor([len(own)])).tolist()):
+        if ranks.first:
+            whole.append(own if rank == 0 else own.new_empty(count, *own.shape[1:]))
+            if rank:
+                dist.recv(whole[rank], rank)
+        elif rank == ranks.rank:
+            dist.send(own, 0)
+    return torch.cat(whole) if ranks.first else None
+
+
+def gathered(values: Tensor) -> Tensor:
+    """(n, …) of each rank as (ranks · n, …), in order of ranks, without gradient; n is the same for all."""
+    out = values.new_empty(dist.get_world_size() * len(values), *values.shape[1:])
+    dist.all_gather_into_tensor(out, values.detach().contiguous())
+    return out
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over ranks, without gradient."""
+    out = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out)
+    return out
+
+
+def gathered_parts(embeddings: Tensor) -> Tensor:
+    """Embeddings (n, D) of all ranks, (ranks · n, D), which each rank uses for another part of one loss.
+
+    So the gradient is the sum of what the ranks have; and it is multiplied by their number, as
+    DistributedDataParallel, which it goes to, takes means where the parts of one loss ask for sums.
+    """
+    return cast(Tensor, cast(Any, _GatheredParts).apply(embeddings))
+
+
+class _GatheredParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor) -> Tensor:
+        ctx.count = len(embeddings)
+        return gathered(embeddings)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        own = gradient.new_empty(ctx.count, *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        return own.mul_(dist.get_world_size())
+
+
+def gathered_copies(values: Tensor) -> Tensor:
+    """Values (n,) of all ranks, (ranks · n,), which every rank uses in the same way.
+
+    So each has the whole gradient; it is multiplied as in `gathered_parts`.
+    """
+    return cast(Tensor, cast(Any, _GatheredCopies).apply(values))
+
+
+class _GatheredCopies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        ctx.count = len(values)
+        return gathered(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        start = dist.get_rank() * ctx.count
+        return gradient[start : start + ctx.count] * dist.get_world_size()
+
+
+def log_sum(values: Tensor) -> Tensor:
+    """log Σ e^value over ranks of (N,). Every rank goes on with it in the same way, so has the gradient of its own."""
+    return cast(Tensor, cast(Any, _LogSum).apply(values))
+
+
+class _LogSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        greatest = values.clone()
+        dist.all_reduce(greatest, dist.ReduceOp.MAX)
+        total = greatest + summed((values - greatest).exp()).log()
+        ctx.save_for_backward((values - total).exp())
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (share,) = ctx.saved_tensors
+        return cast(Tensor, gradient * share)
+
+
+def only_one(values: Tensor) -> Tensor:
+    """(N,) of which each entry is not zero on one rank at most: those entries. With the gradient as of `log_sum`."""
+    return cast(Tensor, cast(Any, _OnlyOne).apply(values))
+
+
+class _OnlyOne(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return summed(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def greatest_of(values: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """(N,) the greatest over ranks, the first of equals, and what of other things, each (N,), its rank has with it."""
+    size = dist.get_world_size()
+    found = gathered(values).view(size, -1).max(dim=0)
+    return found.values, *(gathered(other).view(size, -1).gather(0, found.indices[None])[0] for other in others)
