@@ -1,0 +1,274 @@
+"""Training by several processes, on the CPU by gloo: the same loss, gradients and checkpoints as by one."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.nn.functional import one_hot
+
+from pipeline.params import Params
+from stages import train
+from stages.train import heads, loop
+from stages.train.ranks import Ranks
+from tests.conftest import ROOT
+from tests.samples import shard_section, write_shards
+from tests.train.test_heads import MAKE
+
+EMBEDDING, CLASSES, BATCH = 8, 11, 12
+
+
+def torchrun(processes: int, script: Path, *arguments: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, str(script), *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    try:
+        said = process.communicate(timeout=180)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, said
+    return said
+
+
+def example(name: str) -> tuple[heads.Head, torch.Tensor, torch.Tensor]:
+    """A head, embeddings and labels: the same in every process."""
+    torch.manual_seed(7)
+    head = MAKE[name](CLASSES, EMBEDDING)
+    return head.train(), 3 * torch.randn(BATCH, EMBEDDING), torch.randint(CLASSES, (BATCH,))
+
+
+HEADS_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from stages.train.ranks import together, collected, summed
+from tests.train.test_distributed import example
+from tests.train.test_heads import MAKE
+
+found = {}
+with together(torch.device("cpu")) as (ranks, _):
+    for name in MAKE:
+        head, embeddings, labels = example(name)
+        head.divide(ranks)
+        mine = ranks.share(len(labels))
+        own = embeddings[mine.start : mine.stop].clone().requires_grad_()
+        judged = head(own, labels[mine.start : mine.stop])
+        judged.loss.backward()
+        # what DistributedDataParallel makes of it: the mean over ranks
+        gradient = collected(own.grad / ranks.size, ranks)
+        of_centres = collected(head.weight.grad, ranks)
+        again = example(name)[0]
+        again.divide(ranks)
+        with torch.no_grad():
+            evaluated = again.eval()(embeddings, labels)
+        found[name] = (judged.loss.detach(), judged.own, judged.nearest, gradient, of_centres, evaluated.loss,
+                       evaluated.correct)
+    if ranks.first:
+        torch.save(found, sys.argv[1])
+"""
+
+
+def test_every_head_on_three_ranks_has_the_loss_and_the_gradients_of_one(tmp_path: Path) -> None:
+    """11 classes: slices of 3, 4 and 4. 12 examples: 4 of each rank."""
+    script = tmp_path / "heads.py"
+    script.write_text(HEADS_SCRIPT)
+    finish(torchrun(3, script, tmp_path / "found.pt"))
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert found.keys() == MAKE.keys()
+    for name, (loss, own, nearest, gradient, of_centres, evaluated, correct) in found.items():
+        head, embeddings, labels = example(name)
+        alone = embeddings.requires_grad_()
+        judged = head(alone, labels)
+        judged.loss.backward()
+        torch.testing.assert_close(loss, judged.loss.detach(), rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(own, judged.own, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(nearest, judged.nearest, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(gradient, alone.grad, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(of_centres, head.weight.grad, rtol=1e-5, atol=1e-5, msg=name)
+        still = example(name)[0].eval()
+        with torch.no_grad():
+            judged = still(embeddings, labels)
+        torch.testing.assert_close(evaluated, judged.loss, rtol=1e-5, atol=1e-5, msg=name)
+        assert torch.equal(correct, judged.correct)
+
+
+def sampled_example() -> tuple[heads.CosFace, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(3)
+    return heads.CosFace(40, EMBEDDING, 16.0, 0.35), torch.randn(6, EMBEDDING), torch.tensor([1, 1, 5, 9, 30, 39])
+
+
+def test_sampled_centres_are_those_of_the_labels_and_others_by_chance() -> None:
+    head, _, labels = sampled_example()
+    seen = torch.zeros(40)
+    for seed in range(300):
+        rows = head.choose(labels, 0.25, torch.Generator().manual_seed(seed))
+        assert len(rows) == 10
+        assert torch.equal(rows, rows.unique())  # sorted, each once
+        assert torch.isin(labels, rows).all()
+        seen[rows] += 1
+    others = seen[~one_hot(labels, 40).sum(dim=0).bool()]
+    assert len(others) == 35
+    # each of 35 with probability 5/35 in 300 draws: 42.9 on average, 6.1 the standard deviation
+    assert others.mean() == pytest.approx(300 * 5 / 35)
+    assert others.min() > 42.9 - 5 * 6.1
+    assert others.max() < 42.9 + 5 * 6.1
+    assert len(head.choose(labels, 0.01, torch.Generator())) == 5  # the labels' own, however low the rate
+
+
+def test_the_loss_of_sampled_centres_is_that_of_a_head_that_has_no_others() -> None:
+    head, embeddings, labels = sampled_example()
+    rows = head.choose(labels, 0.25, torch.Generator().manual_seed(1))
+    only = heads.CosFace(len(rows), EMBEDDING, 16.0, 0.35)
+    only.weight.data = head.weight.detach()[rows]
+    expected = only(embeddings, torch.searchsorted(rows, labels))
+    head.weight, head.rows = torch.nn.Parameter(head.weight.detach()[rows]), rows
+    judged = head(embeddings, labels)
+    assert torch.equal(judged.loss, expected.loss)
+    assert torch.equal(judged.nearest, expected.nearest)
+
+
+@pytest.fixture
+def sampling(params: Params) -> Params:
+    section = params.train.model_dump()
+    section |= {"sample_rate": 0.2, "batch": 8}
+    section["backbone"] |= {"embedding": EMBEDDING}
+    return params.model_copy(update={"train": type(params.train).model_validate(section)})
+
+
+def test_only_sampled_centres_move_with_their_momentum(sampling: Params) -> None:
+    section = sampling.train
+    training = loop.begin(section, 50, torch.device("cpu"))
+    images = torch.randint(0, 256, (8, 3, 112, 112), dtype=torch.uint8)
+    labels = torch.arange(8)
+    for iteration in (30, 31):
+        before = training.head.weight.detach().clone()
+        memory = training.momentum["momentum_buffer"].clone()
+        loop.step(training, section, iteration, images, labels)
+        moved = (training.head.weight != before).any(dim=1)
+        assert moved[:8].all()
+        assert moved.sum() == 10
+        assert torch.equal((training.momentum["momentum_buffer"] != memory).any(dim=1), moved)
+        # stochastic gradient descent, written out, with the momentum that was remembered
+        rate = training.optimizer.param_groups[0]["lr"]
+        step = before - training.head.weight.detach()
+        torch.testing.assert_close(step, rate * training.momentum["momentum_buffer"] * moved[:, None])
+    assert training.head.rows is None
+    assert training.optimizer.param_groups[0]["params"][-1] is training.head.weight
+
+
+@pytest.fixture
+def tiny(params: Params, tmp_path: Path) -> Params:
+    """A network without batch normalisation, which each process computes over its own images."""
+    write_shards(tmp_path, [10] * 6, shard_section(validation={"by": "image", "share": 0.1, "pairs": 0}))
+    section = params.train.model_dump()
+    section |= {"data": str(tmp_path / "shards"), "batch": 12, "log_every": 1, "checkpoint_every": 4}
+    section["backbone"] = {"name": "sphere20", "width": 112, "embedding": 16}
+    section["schedule"] = {"name": "steps", "iterations": 8, "warmup": 2, "milestones": [6], "factor": 0.1}
+    section["optimizer"] |= {"learning_rate": 0.001}  # small, so that rounding does not grow
+    section["micro_batches"] = 2
+    quick = params.machine.model_copy(update={"checkpoint_minutes": 0.0001, "device": "cpu"})
+    made = {"train": type(params.train).model_validate(section), "machine": quick}
+    return params.model_copy(update=made)
+
+
+TRAIN_SCRIPT = """
+import logging, os, signal, sys
+from pathlib import Path
+from pipeline.params import Params
+from stages import train
+from stages.train import loop
+
+params = Params.model_validate_json(Path(sys.argv[3]).read_text())
+ending, rank, at = sys.argv[4], int(os.environ.get("RANK", 0)), 3
+step = loop.step
+
+def watched(training, params, iteration, *rest):
+    if iteration == at and rank == 1 and ending == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if iteration == at and rank == 1 and ending == "asked":
+        signal.raise_signal(signal.SIGTERM)
+    step(training, params, iteration, *rest)
+
+loop.step = watched
+logging.basicConfig(level=logging.INFO)
+train.run(Path(sys.argv[1]), Path(sys.argv[2]), params)
+"""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def losses(models: Path) -> list[float]:
+    return [float(line.split(",")[1]) for line in (models / "history.csv").read_text().splitlines()[1:]]
+
+
+def test_two_processes_train_as_one_and_lose_nothing(tmp_path: Path, tiny: Params) -> None:
+    script, section = tmp_path / "train.py", tmp_path / "params.json"
+    script.write_text(TRAIN_SCRIPT)
+    section.write_text(tiny.model_dump_json())
+
+    def start(processes: int, name: str, ending: str = "-") -> "subprocess.Popen[str]":
+        return torchrun(processes, script, tmp_path / name, tmp_path / f"{name}-state", section, ending)
+
+    train.run(tmp_path / "alone", tmp_path / "alone-state", tiny)
+    finish(start(2, "two"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    alone, two = (load_file(tmp_path / name / "head.safetensors") for name in ("alone", "two"))
+    torch.testing.assert_close(two["weight"], alone["weight"], rtol=1e-3, atol=1e-5)
+
+    for ending in ("killed", "asked"):
+        process = start(2, ending, ending)
+        said = process.communicate(timeout=180)[0]
+        assert process.returncode != 0, said
+        assert not (tmp_path / ending).exists()
+        saved = sorted(path.name for path in (tmp_path / f"{ending}-state").rglob("*.pt"))
+        last = 3 if ending == "killed" else 4  # asked in the fourth iteration, both end after it
+        assert f"iteration-{last:08d}.pt" == saved[-3], said
+        assert f"iteration-{last:08d}.rank-01-of-02.pt" == saved[-1]
+        if ending == "killed":
+            shutil.copytree(tmp_path / "killed-state", tmp_path / "last-of-two")
+        else:
+            assert "SIGTERM: ended after iteration 4 of 8" in said
+        finish(start(2, ending))
+        assert files(tmp_path / ending) == files(tmp_path / "two")
+
+    # A checkpoint of two serves one, and three
+    shutil.copytree(tmp_path / "last-of-two", tmp_path / "one-state")
+    train.run(tmp_path / "one", tmp_path / "one-state", tiny)
+    shutil.copytree(tmp_path / "last-of-two", tmp_path / "three-state")
+    finish(start(3, "three"))
+    for name in ("one", "three"):
+        assert losses(tmp_path / name)[:3] == losses(tmp_path / "two")[:3]
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+
+
+@given(st.integers(2, 40), st.integers(1, 5), st.integers(1, 5))
+def test_rows_of_any_number_of_ranks_serve_any_other(count: int, before: int, after: int) -> None:
+    rows = torch.arange(count)
+    shares = [Ranks(rank, before).share(count) for rank in range(before)]
+    parts = [rows[share.start : share.stop] for share in shares]
+    assert torch.equal(torch.cat(parts), rows)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for rank in range(after):
+        mine = Ranks(rank, after).share(count)
+        assert loop._rows(parts, mine).tolist() == list(mine)
