@@ -1,6 +1,7 @@
 """Verification metrics of scored pairs, in plain numpy, all of them exact and O(n log n).
 
-A pair is accepted as "same person" when its score reaches the threshold: `score >= threshold`.
+A pair is accepted as "same person" when its score reaches the threshold: `score >= threshold`. Pairs may be counted
+more than once, or not at all, which is what a bootstrap asks for (`stages.evaluate.uncertainty`).
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pipeline.errors import InputError
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
+Counts = NDArray[np.int64]
 
 
 class EvaluationError(InputError):
@@ -42,6 +44,8 @@ class Metrics:
     eer: float
     tar_at_far: dict[str, float | None]
     """By FAR as written in params.yaml; None where the different pairs are too few to resolve it."""
+    unresolved: dict[str, str]
+    """Why a figure is None, by its name in `figures`."""
     roc: Roc
     pairs: int
 
@@ -65,47 +69,119 @@ class Metrics:
         """Mean of the folds' thresholds."""
         return float(np.mean(self.fold_threshold))
 
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """Those that intervals and comparisons are about, by name: `accuracy`, `auc`, `eer`, `tar_at_far_0.001`, ..."""
+        rates = {f"tar_at_far_{far}": tar for far, tar in self.tar_at_far.items()}
+        return {"accuracy": self.accuracy, "auc": self.auc, "eer": self.eer} | rates
 
-def evaluate(scores: ArrayLike, same: ArrayLike, fold: ArrayLike, fars: Sequence[float]) -> Metrics:
+
+def evaluate(
+    scores: ArrayLike, same: ArrayLike, fold: ArrayLike, fars: Sequence[float], weight: ArrayLike | None = None
+) -> Metrics:
     """Measure scored pairs by the protocol of LFW, view 2 (Huang et al., 2007).
 
     Args:
-        scores: N similarities, higher for more alike.
+        scores: N similarities, higher for more alike. Or F×N, where they depend on what a fold may know of the others
+            (`stages.evaluate.scoring`): row f, of the f-th fold in increasing order, has its own pairs' scores and
+            those that its threshold is chosen on. AUC, EER and TAR@FAR are of each pair's score in its own fold's row.
         same: N truths, whether both sides show the same person.
         fold: N fold numbers; folds may differ in size and balance.
         fars: false accept rates at which the true accept rate is wanted.
+        weight: N whole numbers, how often each pair counts; once each where absent.
 
     Raises:
         EvaluationError: lengths differ, a score is not finite, there is one fold only, or the pairs are all of
             one kind.
     """
-    score, truth, part = np.asarray(scores, np.float64), np.asarray(same, np.bool_), np.asarray(fold)
-    _check(score, truth, part)
-    order = np.argsort(score, kind="stable")
-    score, truth, part = score[order], truth[order], part[order]
-
-    folds = [int(number) for number in np.unique(part)]
-    thresholds, accuracies = [], []
-    for number in folds:
-        held_out = part == number
-        threshold = best_threshold(score[~held_out], truth[~held_out])
-        thresholds.append(threshold)
-        accuracies.append(float(np.mean((score[held_out] >= threshold) == truth[held_out])))
-
-    false, true = _accepted(score, truth)
-    return Metrics(
-        folds=tuple(folds),
-        fold_accuracy=tuple(accuracies),
-        fold_threshold=tuple(thresholds),
-        auc=_area(false, true),
-        eer=_equal_error_rate(false, true),
-        tar_at_far={str(far): _tar_at(far, false, true) for far in fars},
-        roc=Roc(far=false / false[-1], tar=true / true[-1]),
-        pairs=len(score),
-    )
+    return Verification(scores, same, fold, fars).measure(weight)
 
 
-def best_threshold(score: Floats, same: Flags) -> float:
+class Verification:
+    """Scored pairs, sorted once, to be measured under many weights."""
+
+    def __init__(self, scores: ArrayLike, same: ArrayLike, fold: ArrayLike, fars: Sequence[float]) -> None:
+        """Arguments and errors are those of `evaluate`."""
+        score, truth, part = np.asarray(scores, np.float64), np.asarray(same, np.bool_), np.asarray(fold)
+        _check(score, truth, part)
+        self.folds, row = np.unique(part, return_inverse=True)
+        by_fold = np.broadcast_to(score, (len(self.folds), len(truth)))
+        own = by_fold[row, np.arange(len(truth))]
+        self._all = _Sorted.of(own, truth, np.arange(len(truth)))
+        self._chosen_on = [
+            _Sorted.of(by_fold[f], truth, np.flatnonzero(part != number)) for f, number in enumerate(self.folds)
+        ]
+        self._held_out = [_Sorted.of(own, truth, np.flatnonzero(part == number)) for number in self.folds]
+        self.score, self.same, self.fold, self.fars = own, truth, part, tuple(fars)
+        different = int(np.count_nonzero(~truth))
+        self._unresolved = {
+            f"tar_at_far_{far}": f"{different:,} different pairs: the least FAR above 0 that they can show is "
+            f"{1 / different:.2g}"
+            for far in self.fars
+            if _allowed(far, different) < 1
+        }
+
+    def measure(self, weight: ArrayLike | None = None) -> Metrics:
+        """The metrics, each pair counted `weight` times (once each where absent), as if the list repeated it so often.
+
+        A fold of which nothing is left has no part in the accuracy.
+
+        Args:
+            weight: N whole numbers; some of each kind must count, and some in two folds.
+        """
+        times = np.ones(len(self.same), np.int64) if weight is None else np.asarray(weight, np.int64)
+        folds, thresholds, accuracies = [], [], []
+        for number, chosen_on, held_out in zip(self.folds.tolist(), self._chosen_on, self._held_out, strict=True):
+            score, same, count = held_out.counted(times)
+            if not len(count):
+                continue
+            threshold = best_threshold(*chosen_on.counted(times))
+            folds.append(number)
+            thresholds.append(threshold)
+            accuracies.append(float(count @ ((score >= threshold) == same) / count.sum()))
+        false, true = _accepted(*self._all.counted(times))
+        return Metrics(
+            folds=tuple(folds),
+            fold_accuracy=tuple(accuracies),
+            fold_threshold=tuple(thresholds),
+            auc=_area(false, true),
+            eer=_equal_error_rate(false, true),
+            tar_at_far={
+                str(far): None if f"tar_at_far_{far}" in self._unresolved else _tar_at(far, false, true)
+                for far in self.fars
+            },
+            unresolved=self._unresolved,
+            roc=Roc(far=false / false[-1], tar=true / true[-1]),
+            pairs=int(times.sum()),
+        )
+
+    def decided(self, metrics: Metrics) -> Flags:
+        """N flags: the pair is decided rightly by its fold's threshold, as the accuracy counts it."""
+        threshold = np.asarray(metrics.fold_threshold)[np.searchsorted(metrics.folds, self.fold)]
+        return (self.score >= threshold) == self.same
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """Some of the pairs in increasing order of score."""
+
+    score: Floats
+    same: Flags
+    pair: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, score: Floats, same: Flags, pairs: NDArray[np.intp]) -> "_Sorted":
+        ordered = pairs[np.argsort(score[pairs], kind="stable")]
+        return cls(score[ordered], same[ordered], ordered)
+
+    def counted(self, times: Counts) -> tuple[Floats, Flags, Counts]:
+        """Score, truth and count of those that count."""
+        count = times.take(self.pair)
+        kept = np.flatnonzero(count)  # with take, several times as fast as by flags
+        return self.score.take(kept), self.same.take(kept), count.take(kept)
+
+
+def best_threshold(score: Floats, same: Flags, weight: Counts | None = None) -> float:
     """The threshold that decides most of the given pairs rightly.
 
     Every way to cut the pairs in two is tried: between each two neighbouring distinct scores (at their midpoint), at
@@ -115,12 +191,13 @@ def best_threshold(score: Floats, same: Flags) -> float:
     Args:
         score: N scores in increasing order.
         same: N truths.
+        weight: N whole numbers from 1, how often each counts; once each where absent.
     """
-    last = np.flatnonzero(np.append(np.diff(score) > 0, True))  # of each run of equal scores
+    last = _last_of_equals(score)
     distinct = score[last]
-    rejected_same = np.append(0, np.cumsum(same)[last])  # below each cut
-    rejected_different = np.append(0, np.cumsum(~same)[last])
-    right = rejected_different + (rejected_same[-1] - rejected_same)
+    # With each cut further up, a different pair more is decided rightly, or a same pair less.
+    change = (1 - 2 * same.astype(np.int64)) * (1 if weight is None else weight)
+    right = np.append(0, np.cumsum(change)[last])
     best = np.flatnonzero(right == right.max())
     cut = best[(len(best) - 1) // 2]
     if cut == 0:
@@ -133,31 +210,39 @@ def best_threshold(score: Floats, same: Flags) -> float:
 
 
 def _check(score: Floats, same: Flags, fold: NDArray) -> None:
-    if not (score.ndim == 1 and score.shape == same.shape == fold.shape):
+    folds = len(np.unique(fold))
+    if not (same.ndim == 1 and same.shape == fold.shape and score.shape in (same.shape, (folds, len(same)))):
         raise EvaluationError(
             f"scores, same and fold must be of one length, not {score.shape}, {same.shape}, {fold.shape}"
         )
     if not np.isfinite(score).all():
-        raise EvaluationError(f"{np.count_nonzero(~np.isfinite(score))} of {len(score)} scores are not finite numbers")
+        raise EvaluationError(f"{np.count_nonzero(~np.isfinite(score))} of {score.size} scores are not finite numbers")
     if same.all() or not same.any():
         raise EvaluationError(f"{len(same)} pairs, {np.count_nonzero(same)} of the same person: needs both kinds")
-    if len(np.unique(fold)) < 2:
+    if folds < 2:
         raise EvaluationError("all pairs are in one fold: a threshold needs at least one other to be chosen on")
 
 
-def _accepted(score: Floats, same: Flags) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _last_of_equals(ordered: Floats) -> NDArray[np.intp]:
+    """Where each run of equal scores ends."""
+    return np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)
+
+
+def _accepted(score: Floats, same: Flags, weight: Counts) -> tuple[Counts, Counts]:
     """False and true accepts as the threshold falls past each distinct score, from none; scores increase."""
-    last = np.flatnonzero(np.append(np.diff(score[::-1]) < 0, True))
-    return np.append(0, np.cumsum(~same[::-1])[last]), np.append(0, np.cumsum(same[::-1])[last])
+    last = _last_of_equals(score[::-1])
+    all_accepted = np.cumsum(weight[::-1])[last]
+    true = np.cumsum((weight * same)[::-1])[last]
+    return np.append(0, all_accepted - true), np.append(0, true)
 
 
-def _area(false: NDArray[np.int64], true: NDArray[np.int64]) -> float:
+def _area(false: Counts, true: Counts) -> float:
     """The chance that a same pair scores above a different pair, ties counted half: counted in whole numbers."""
     doubled = int(np.sum(np.diff(false) * (true[1:] + true[:-1])))
     return doubled / (2 * int(false[-1]) * int(true[-1]))
 
 
-def _equal_error_rate(false: NDArray[np.int64], true: NDArray[np.int64]) -> float:
+def _equal_error_rate(false: Counts, true: Counts) -> float:
     """Where the ROC polyline (linear between neighbouring points) meets FAR = 1 - TAR; there is one such point."""
     far, frr = false / false[-1], 1 - true / true[-1]
     after = int(np.argmax(far >= frr))
@@ -166,10 +251,13 @@ def _equal_error_rate(false: NDArray[np.int64], true: NDArray[np.int64]) -> floa
     return float(far[after - 1] + share * (far[after] - far[after - 1]))
 
 
-def _tar_at(far: float, false: NDArray[np.int64], true: NDArray[np.int64]) -> float | None:
+def _tar_at(far: float, false: Counts, true: Counts) -> float:
     """The highest TAR at a threshold that accepts no more than `far` of the different pairs."""
-    # the decimal as written, not its binary neighbour: 0.29 of 100 pairs is 29, though 0.29 * 100 < 29
-    allowed = int(Fraction(str(far)) * int(false[-1]))
-    if allowed < 1:
-        return None
+    allowed = _allowed(far, int(false[-1]))
     return float(true[np.searchsorted(false, allowed, side="right") - 1] / true[-1])
+
+
+def _allowed(far: float, different: int) -> int:
+    """How many of the different pairs may be accepted at a FAR."""
+    # the decimal as written, not its binary neighbour: 0.29 of 100 pairs is 29, though 0.29 * 100 < 29
+    return int(Fraction(str(far)) * different)
