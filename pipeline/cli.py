@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -152,6 +152,54 @@ def export(
     model = load_model(models, torch.device("cpu"))
     export(model, out)
     print(f"{out}: images N×3×112×{model.width} uint8, RGB, aligned; embeddings of length 1")
+
+
+@app.command()
+def score(
+    protocol: Annotated[Literal["lfw", "ytf", "csv"], typer.Argument(help="What the pair list is.")],
+    embeddings: Annotated[Path, typer.Option(help="An .npz: keys (N strings), emb (N×D), perhaps flip (N×D).")],
+    pairs: Annotated[Path, typer.Option(help="pairs.txt, splits.txt, or a CSV: left, right, same, perhaps fold.")],
+    flip: Annotated[
+        Literal["concatenate", "sum", "none"] | None,
+        typer.Option(help="What becomes of the mirror images' embeddings; concatenate where there are some."),
+    ] = None,
+    centre: Annotated[bool, typer.Option("--centre", help="Subtract the mean of the training folds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what metrics.json would hold.")] = False,
+) -> None:
+    """Score any model's embeddings by the protocol of a set, as our own are."""
+    from pipeline.params import load_params
+    from stages.evaluate import foreign, scoring
+
+    found = foreign.score(protocol, embeddings, pairs, flip, centre, load_params().evaluate.fars)
+    print(scoring.as_json(found) if as_json else foreign.text(found))
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A folder of reports, a scores.parquet, or a run's id in MLflow.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Which of two runs is better, judged on the same pairs from their stored scores."""
+    import tempfile
+
+    from pipeline.params import load_params
+    from pipeline.tracking import download
+    from stages.evaluate import comparison, scoring
+
+    loaded = load_params()
+    with tempfile.TemporaryDirectory() as folder:
+        one, other = (
+            comparison.stored_scores(
+                Path(run) if Path(run).exists() else download(run, comparison.FILE, Path(folder) / side, loaded)
+            )
+            for side, run in (("a", a), ("b", b))
+        )
+        found = comparison.compare_runs(one, other, loaded.evaluate.fars)
+    if as_json:
+        print(scoring.as_json({name: comparison.summary(name, each) for name, each in found.items()}))
+    else:
+        print("\n".join(comparison.text(name, each) for name, each in found.items()))
 
 
 @app.command()

@@ -252,6 +252,28 @@ def newest_run(client: "MlflowClient", experiment: str, condition: str = "") -> 
     return runs[0] if runs else None
 
 
+def download(run_id: str, name: str, folder: Path, params: Params) -> Path:
+    """Copy the artifacts `<set>/<name>` of a run into `folder`, which it returns.
+
+    Raises:
+        TrackingError: the store does not answer, there is no such run, or it has none.
+    """
+    with store_errors():
+        client, _ = connect(params)
+        found = [
+            f"{each.path}/{name}"
+            for each in client.list_artifacts(run_id)
+            if each.is_dir
+            and any(file.path == f"{each.path}/{name}" for file in client.list_artifacts(run_id, each.path))
+        ]
+        if not found:
+            raise TrackingError(f"run {run_id} has recorded no {name}")
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in found:
+            client.download_artifacts(run_id, path, str(folder))
+    return folder
+
+
 def _client(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # 7 would stop the training loop for minutes

@@ -100,14 +100,18 @@ class Comparison:
     """McNemar's, exact and two-sided: had both the same chance to be the one that is right."""
     pairs: int
 
+    @property
+    def differences(self) -> dict[str, float | None]:
+        """B's figures less A's; None where there is none."""
+        both = ((name, self.a[name], self.b[name]) for name in self.a)
+        return {name: None if a is None or b is None else b - a for name, a, b in both}
+
     def verdict(self, title: str) -> str:
         """One sentence: which is better on the protocol, by accuracy."""
-        bounds = self.difference.bounds["accuracy"]
-        if bounds is None:
-            return f"{title}: both decide all {self.pairs:,} pairs alike"
-        assert self.a["accuracy"] is not None
-        assert self.b["accuracy"] is not None
-        gain, (low, high) = 100 * (self.b["accuracy"] - self.a["accuracy"]), (100 * bound for bound in bounds)
+        bounds, difference = self.difference.bounds["accuracy"], self.differences["accuracy"]
+        if bounds is None or difference is None:
+            return f"no difference on {title}: both have the same accuracy however its {self.pairs:,} pairs are drawn"
+        gain, (low, high) = 100 * difference, (100 * bound for bound in bounds)
         if low > 0:
             return f"B is better on {title}: {gain:+.1f} points, 95% interval {low:.1f} to {high:.1f}"
         if high < 0:

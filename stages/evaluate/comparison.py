@@ -1,0 +1,127 @@
+"""`cosface compare`: two runs on the same pairs, from their stored scores."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.evaluate.scoring import Scored, rounded
+from stages.evaluate.uncertainty import Comparison, compare
+from stages.evaluate.verification import EvaluationError
+
+FILE = "scores.parquet"
+
+
+def stored_scores(path: Path) -> dict[str, Path]:
+    """The scores that lie in a folder of reports, by protocol.
+
+    Args:
+        path: a folder with a scores.parquet (of the protocol that the folder is named after), a folder of such
+            folders, or the file itself.
+
+    Raises:
+        EvaluationError: there are none.
+    """
+    if path.is_file():
+        return {path.resolve().parent.name: path}
+    if (path / FILE).exists():
+        return {path.resolve().name: path / FILE}
+    found = {file.parent.name: file for file in sorted(path.glob(f"*/{FILE}"))}
+    if not found:
+        raise EvaluationError(f"{path}: neither {FILE} nor folders with one; `dvc repro evaluate` makes reports/<set>")
+    return found
+
+
+def compare_runs(a: Mapping[str, Path], b: Mapping[str, Path], fars: Sequence[float]) -> dict[str, Comparison]:
+    """The paired comparison of B with A, for each protocol that both have; of one file each, whatever their names.
+
+    Raises:
+        EvaluationError: they have no protocol in common, or its pairs are not the same.
+        TableError: a file is not of scores.
+    """
+    common = {name: (a[name], b[name]) for name in a if name in b}
+    if len(a) == len(b) == 1:
+        common = {next(iter(a)): (next(iter(a.values())), next(iter(b.values())))}
+    if not common:
+        raise EvaluationError(f"no protocol in common: A has {', '.join(a)}, B has {', '.join(b)}")
+    found = {}
+    for name, files in common.items():
+        one, other = (Scored.read(file).in_order() for file in files)
+        _check_same_pairs(one, other, *files)
+        found[name] = compare(one.verification(fars), other.verification(fars), one.people)
+    return found
+
+
+def title(protocol: str) -> str:
+    """As papers write it."""
+    return protocol.upper().replace("_", "-")
+
+
+def summary(name: str, found: Comparison) -> dict[str, Any]:
+    """What `--json` prints of a protocol."""
+    bounds = found.difference.bounds
+    return {
+        "verdict": found.verdict(title(name)),
+        "pairs": found.pairs,
+        "a": {figure: value if value is None else rounded(value) for figure, value in found.a.items()},
+        "b": {figure: value if value is None else rounded(value) for figure, value in found.b.items()},
+        "difference": {
+            figure: None if value is None else rounded(value) for figure, value in found.differences.items()
+        },
+        "intervals": {figure: each and [rounded(each[0]), rounded(each[1])] for figure, each in bounds.items()},
+        "bootstrap_over": found.difference.over,
+        "unresolved": found.difference.unresolved,
+        "mcnemar": {"only_a": found.only_a, "only_b": found.only_b, "p": rounded(found.p_value)},
+    }
+
+
+def text(name: str, found: Comparison) -> str:
+    """What is printed of a protocol: the verdict, then the figures, in per cent."""
+    lines = [found.verdict(title(name))]
+    for figure, difference in found.differences.items():
+        bounds = found.difference.bounds[figure]
+        if difference is None:
+            lines.append(f"  {figure:<18} none: {found.difference.unresolved[figure]}")
+            continue
+        interval = f"95% interval {_points(bounds[0])} to {_points(bounds[1])}" if bounds else "no replicate differs"
+        lines.append(
+            f"  {figure:<18} A {found.a[figure]:7.2%}   B {found.b[figure]:7.2%}   B - A {_points(difference)}   "
+            f"{interval}"
+        )
+    lines.append(
+        f"  decided rightly by one alone: A {found.only_a}, B {found.only_b} of {found.pairs:,} pairs "
+        f"(McNemar's exact test, which takes pairs as independent: p = {found.p_value:.2g}); "
+        f"intervals by bootstrap over {found.difference.over}"
+    )
+    return "\n".join(lines)
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f}"
+
+
+def _check_same_pairs(a: Scored, b: Scored, file_a: Path, file_b: Path) -> None:
+    """Pairs in order are the same, of the same truth and in the same fold."""
+    only_a, only_b = (
+        sorted(set(zip(x.left, x.right, strict=True)) - set(zip(y.left, y.right, strict=True)))
+        for x, y in ((a, b), (b, a))
+    )
+    for file, other, only in ((file_a, file_b, only_a), (file_b, file_a, only_b)):
+        if only:
+            raise EvaluationError(
+                f"the pairs are not the same: {file} has {len(only):,} that {other} lacks, as {' – '.join(only[0])}"
+            )
+    if len(a.left) != len(b.left):
+        raise EvaluationError(
+            f"the pairs are not the same: {file_a} lists some of them more often ({len(a.left):,} rows) than {file_b} "
+            f"({len(b.left):,})"
+        )
+    for what, x, y in (("truth", a.same, b.same), ("fold", a.fold, b.fold)):
+        unlike = np.flatnonzero(x != y)
+        if len(unlike):
+            first = unlike[0]
+            raise EvaluationError(
+                f"{len(unlike):,} pairs differ in {what}, as {a.left[first]} – {a.right[first]}: {x[first]} in "
+                f"{file_a}, {y[first]} in {file_b}"
+            )

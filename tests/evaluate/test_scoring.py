@@ -1,0 +1,302 @@
+"""Embeddings to scores by hand, foreign files good and bad, and runs compared from what they left."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline import cli
+from pipeline.cli import RECIPES
+from stages.evaluate import comparison, foreign, scoring
+from stages.evaluate.scoring import Options, Scored
+from stages.evaluate.verification import EvaluationError, best_threshold
+
+FARS = [0.1, 0.001]
+
+
+def unit(vector: NDArray) -> NDArray[np.float64]:
+    return np.asarray(vector, np.float64) / np.sqrt(np.sum(np.square(vector, dtype=np.float64)))
+
+
+@pytest.fixture
+def lfw(tmp_path: Path) -> tuple[Path, dict[str, NDArray], dict[str, NDArray]]:
+    """pairs.txt of 3 folds × 8 pairs among 24 images of 12 people, embeddings of all and of their mirror images."""
+    random = np.random.default_rng(1)
+    lines, features = ["3\t4"], {}
+    for fold in range(3):
+        people = [f"P{fold}_{k}" for k in range(4)]
+        for person in people:
+            typical = random.normal(0.3, 1, 5)
+            for image in (1, 2):
+                features[f"{person}/{person}_{image:04d}"] = 3 * (typical + random.normal(0, 1.5, 5))
+        lines += [f"{person}\t1\t2" for person in people]
+        lines += [f"{people[k]}\t1\t{people[(k + 1) % 4]}\t2" for k in range(4)]
+    (tmp_path / "pairs.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path / "pairs.txt", features, {key: vector[::-1] * 0.9 for key, vector in features.items()}
+
+
+def save(path: Path, images: dict[str, NDArray], mirrored: dict[str, NDArray] | None = None, **changes: Any) -> Path:
+    arrays: dict[str, Any] = {"keys": np.array(list(images)), "emb": np.array(list(images.values()))}
+    if mirrored:
+        arrays["flip"] = np.array(list(mirrored.values()))
+    np.savez(path, **arrays | changes)
+    return path
+
+
+def score(path: Path, pairs: Path, options: Options) -> Scored:
+    return foreign.score_pairs(foreign.Embeddings(path), foreign.read_pairs("lfw", pairs, "pairs.txt"), options)
+
+
+@pytest.mark.parametrize("flip", ["concatenate", "sum", "none"])
+def test_cosines_by_hand(tmp_path: Path, lfw: Any, flip: scoring.Flip) -> None:
+    pairs, emb, mirrored = lfw
+    scored = score(save(tmp_path / "e.npz", emb, mirrored), pairs, Options(flip))
+    for left, right, value in zip(scored.left, scored.right, scored.scores, strict=True):
+        one, other = (
+            {"concatenate": np.append(emb[key], mirrored[key]), "sum": emb[key] + mirrored[key], "none": emb[key]}[flip]
+            for key in (left, right)
+        )
+        assert value == pytest.approx(unit(one) @ unit(other), abs=1e-6)
+    assert scored.own is scored.scores
+
+
+def test_the_mean_is_that_of_the_other_folds(tmp_path: Path, lfw: Any) -> None:
+    """Centred scores, thresholds and accuracies of each fold, all by loops."""
+    pairs, emb, _ = lfw
+    scored = score(save(tmp_path / "e.npz", emb), pairs, Options("none", centre=True))
+    metrics = scored.verification(FARS).measure()
+    for fold in range(3):
+        training = {
+            key
+            for side in (scored.left, scored.right)
+            for key, number in zip(side, scored.fold, strict=True)
+            if number != fold
+        }
+        assert len(training) == 16
+        mean = np.mean([unit(emb[key]) for key in sorted(training)], axis=0)
+        cosines = np.array(
+            [
+                unit(unit(emb[left]) - mean) @ unit(unit(emb[right]) - mean)
+                for left, right in zip(scored.left, scored.right, strict=True)
+            ]
+        ).astype(np.float32)
+        np.testing.assert_allclose(scored.scores[fold], cosines, atol=1e-6)
+        others = np.flatnonzero(scored.fold != fold)
+        order = others[np.argsort(scored.scores[fold][others], kind="stable")]
+        threshold = best_threshold(scored.scores[fold][order].astype(np.float64), scored.same[order])
+        held_out = scored.fold == fold
+        right = (scored.scores[fold][held_out] >= threshold) == scored.same[held_out]
+        assert metrics.fold_threshold[fold] == threshold
+        assert metrics.fold_accuracy[fold] == right.mean()
+        np.testing.assert_array_equal(scored.own[held_out], scored.scores[fold][held_out])
+
+
+def test_a_common_offset_is_what_centring_takes_away(tmp_path: Path, lfw: Any) -> None:
+    pairs, emb, _ = lfw
+    offset = {key: unit(vector) + 9 for key, vector in emb.items()}
+    plain, centred = (
+        score(save(tmp_path / "e.npz", offset), pairs, Options("none", centre)).verification([0.1]).measure().auc
+        for centre in (False, True)
+    )
+    assert (
+        abs(centred - score(save(tmp_path / "e.npz", emb), pairs, Options("none")).verification([0.1]).measure().auc)
+        < 0.1
+    )
+    assert plain != centred
+
+
+def test_a_video_is_the_mean_of_its_frames(tmp_path: Path) -> None:
+    splits = tmp_path / "splits.txt"
+    rows = [(1, "A/0", "A/1", 1), (1, "A/0", "B/0", 0), (2, "C/0", "C/1", 1), (2, "C/0", "D/0", 0)]
+    splits.write_text("".join(f"{split}, 1, {left}, {right}, {same}\n" for split, left, right, same in rows))
+    random = np.random.default_rng(1)
+    emb = {
+        f"{video}/{frame}": random.normal(0, 2, 4) for video in ("A/0", "A/1", "B/0", "C/0", "D/0") for frame in "12"
+    }
+    emb |= {"C/1": random.normal(0, 2, 4), "E/0/1": np.ones(4)}  # a video's own template; and one that no pair names
+    given = foreign.Embeddings(save(tmp_path / "e.npz", emb))
+    scored = foreign.score_pairs(given, foreign.read_pairs("ytf", splits, "splits.txt"), Options("none"))
+    video = {
+        name: unit(unit(emb[f"{name}/1"]) + unit(emb[f"{name}/2"])) for name in ("A/0", "A/1", "B/0", "C/0", "D/0")
+    }
+    video["C/1"] = unit(emb["C/1"])
+    expected = [video[left] @ video[right] for _, left, right, _ in rows]
+    np.testing.assert_allclose(scored.scores, expected, atol=1e-6)
+    assert scored.people is not None
+
+
+def test_an_unusable_side_has_the_lowest_score() -> None:
+    vectors, usable = scoring.templates(np.eye(2), None, "none", np.array([0, 2]), 3)
+    assert usable.tolist() == [True, False, True]
+    one, other, fold = np.array([0, 0]), np.array([1, 2]), np.array([0, 1])
+    assert scoring.score(vectors, usable, one, other, fold).tolist() == [-1, 0]
+    assert (scoring.score(vectors, usable, one, other, fold, centre=True)[:, 0] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"emb": np.full((24, 5), np.nan)}, r"emb is not finite, or all zero, for 24: .*P0_0/P0_0_0001.* and 14 more"),
+        ({"emb": np.zeros((24, 5))}, "not finite, or all zero, for 24: "),
+        ({"emb": np.ones((23, 5))}, r"emb must be 24×D numbers"),
+        ({"emb": np.ones(24)}, r"emb must be 24×D numbers"),
+        ({"emb": np.array([["a"]] * 24)}, "emb must be 24×D numbers"),
+        ({"flip": np.ones((24, 4))}, r"flip is \(24, 4\), emb \(24, 5\)"),
+        ({"keys": np.arange(24)}, "keys must be N strings"),
+        (
+            {"keys": np.array([f"k{n}" for n in range(24)])},
+            "lacks embeddings of the pairs: 24: P0_0/P0_0_0001, .* 14 more",
+        ),
+        ({"keys": np.array(["twice", "twice", *(f"k{n}" for n in range(22))])}, "more than once: 1: twice"),
+        ({"keys": np.array([{}] * 24)}, "not an .npz of plain arrays"),  # would have to be unpickled
+    ],
+)
+def test_unusable_embeddings(tmp_path: Path, lfw: Any, changes: dict[str, Any], message: str) -> None:
+    pairs, emb, _ = lfw
+    with pytest.raises(EvaluationError, match=message):
+        score(save(tmp_path / "e.npz", emb, **changes), pairs, Options("none"))
+
+
+def test_unusable_files(tmp_path: Path, lfw: Any) -> None:
+    pairs, emb, _ = lfw
+    np.save(tmp_path / "one.npy", np.ones(3))
+    np.savez(tmp_path / "lacking.npz", emb=np.ones((3, 3)))
+    (tmp_path / "text.npz").write_text("no")
+    for name, message in (("one.npy", "not an .npz"), ("lacking.npz", "lacks keys"), ("text.npz", "not an .npz")):
+        with pytest.raises(EvaluationError, match=message):
+            foreign.Embeddings(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        foreign.Embeddings(tmp_path / "absent.npz")
+    with pytest.raises(EvaluationError, match="flip: sum needs embeddings of the mirror images"):
+        score(save(tmp_path / "e.npz", emb), pairs, Options("sum"))
+
+
+def test_pairs_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("left,right,same,note\n" + "".join(f"a{n}.jpg,b{n}.jpg,{int(n < 20)},x\n" for n in range(50)))
+    pairs = foreign.read_csv(path)
+    counts = np.zeros((10, 2), int)
+    for pair in pairs:
+        counts[pair.fold, int(pair.same)] += 1
+    assert (counts == [3, 2]).all()
+    path.write_text("same,right,fold,left\n1,b,4,a\n0,d,7,c\n")
+    assert [(pair.fold, pair.left, pair.right, pair.same) for pair in foreign.read_csv(path)] == [
+        (4, "a", "b", True),
+        (7, "c", "d", False),
+    ]
+    for text, message in (
+        ("left,right\na,b\n", "lacks the columns same"),
+        ("left,right,same\na,b,yes\n", r"csv:2: expected two keys and same 0 or 1"),
+        ("left,right,same\na,,1\n", r"csv:2: expected two keys"),
+        ("left,right,same,fold\na,b,1,x\n", r"csv:2: expected a fold from 0, found 'x'"),
+        ("left,right,same\n", "holds no pairs"),
+    ):
+        path.write_text(text)
+        with pytest.raises(EvaluationError, match=message):
+            foreign.read_csv(path)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: object) -> None:
+    (folder / "params.yaml").write_bytes((RECIPES / "quickstart.yaml").read_bytes())
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["cosface", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code, left.value.code
+
+
+def test_cosface_score(
+    tmp_path: Path, lfw: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs, emb, mirrored = lfw
+    path = save(tmp_path / "e.npz", emb, mirrored)
+    arguments = ("score", "lfw", "--embeddings", path, "--pairs", pairs)
+    command(monkeypatch, tmp_path, *arguments, "--json")
+    found = json.loads(capsys.readouterr().out)
+    verification = score(path, pairs, Options()).verification(FARS)
+    assert found["accuracy"] == pytest.approx(verification.measure().accuracy, abs=1e-9)
+    assert (found["flip"], found["centre"], found["bootstrap_over"]) == ("concatenate", False, "identities")
+    assert found["tar_at_far"]["0.001"] is None
+    assert found["intervals"]["tar_at_far_0.001"] is None
+    assert "12 different pairs" in found["unresolved"]["tar_at_far_0.001"]
+    low, high = found["intervals"]["auc"]
+    assert low < found["auc"] < high
+    command(monkeypatch, tmp_path, *arguments, "--flip", "none", "--centre")
+    said = capsys.readouterr().out
+    assert f"{'accuracy':<18} " in said
+    assert "flip: none, centre: true" in said
+    save(path, emb)
+    command(monkeypatch, tmp_path, *arguments, "--json")
+    assert json.loads(capsys.readouterr().out)["flip"] == "none"
+
+
+@pytest.fixture
+def runs(tmp_path: Path, lfw: Any) -> tuple[Path, Path, Scored]:
+    """Reports of two runs: with noise, centred and in another order; and better."""
+    pairs, emb, _ = lfw
+    random = np.random.default_rng(2)
+    noisy = {key: unit(vector) + random.normal(0, 0.5, 5) for key, vector in emb.items()}
+    a = score(save(tmp_path / "a.npz", noisy), pairs, Options("none", centre=True))
+    b = score(save(tmp_path / "b.npz", emb), pairs, Options("none"))
+    mixed = random.permutation(24)
+    a = Scored(
+        [a.left[n] for n in mixed], [a.right[n] for n in mixed], a.same[mixed], a.fold[mixed], a.scores[:, mixed]
+    )
+    a.write(tmp_path / "one" / "lfw" / "scores.parquet")
+    b.write(tmp_path / "two" / "lfw" / "scores.parquet")
+    return tmp_path / "one", tmp_path / "two", b
+
+
+def test_stored_scores_are_read_as_they_were(runs: tuple[Path, Path, Scored]) -> None:
+    one, two, b = runs
+    read = Scored.read(two / "lfw" / "scores.parquet")
+    assert (read.left, read.right) == (b.left, b.right)
+    np.testing.assert_array_equal(read.scores, b.scores)
+    centred = Scored.read(one / "lfw" / "scores.parquet")
+    assert centred.scores.shape == (3, 24)
+
+
+def test_cosface_compare(
+    runs: tuple[Path, Path, Scored], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, _ = runs
+    command(monkeypatch, one, "compare", one, two / "lfw" / "scores.parquet", "--json")
+    found = json.loads(capsys.readouterr().out)["lfw"]
+    of_a, of_b = (
+        Scored.read(run / "lfw" / "scores.parquet").verification(FARS).measure().accuracy for run in (one, two)
+    )
+    assert found["difference"]["accuracy"] == pytest.approx(of_b - of_a, abs=1e-9)
+    assert found["mcnemar"]["only_b"] - found["mcnemar"]["only_a"] == pytest.approx(24 * (of_b - of_a))
+    assert found["bootstrap_over"] == "identities"
+    command(monkeypatch, one, "compare", one / "lfw", two)
+    said = capsys.readouterr().out
+    assert said.splitlines()[0] == found["verdict"]
+    assert "LFW" in said
+    assert "12 different pairs" in said
+
+
+def test_pairs_that_are_not_the_same(runs: tuple[Path, Path, Scored], tmp_path: Path) -> None:
+    one, _, b = runs
+
+    def against(**changes: Any) -> None:
+        Scored(**vars(b) | changes).write(tmp_path / "three" / "lfw" / "scores.parquet")
+        a, other = (comparison.stored_scores(run) for run in (one, tmp_path / "three"))
+        comparison.compare_runs(a, other, FARS)
+
+    against()
+    for changes, message in (
+        ({"left": ["nobody/1", *b.left[1:]]}, r"one/lfw/scores.parquet has 1 that .* lacks, as P0_0/P0_0_0001 – P0_0"),
+        ({"fold": np.where(b.fold == 2, 3, b.fold).astype(np.int32)}, "8 pairs differ in fold"),
+        ({"same": np.append(b.same[:-1], True)}, "1 pairs differ in truth"),
+        ({"left": [*b.left[:-1], b.left[0]], "right": [*b.right[:-1], b.right[0]]}, "that .* lacks"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            against(**changes)
+    with pytest.raises(EvaluationError, match=r"neither scores\.parquet nor folders with one"):
+        comparison.stored_scores(tmp_path / "nowhere")
+    with pytest.raises(EvaluationError, match="no protocol in common: A has lfw, B has cfp_fp, ytf"):
+        comparison.compare_runs({"lfw": one}, {"cfp_fp": one, "ytf": one}, FARS)
