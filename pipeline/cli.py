@@ -4,7 +4,9 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack, suppress
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -33,6 +35,15 @@ shards = typer.Typer(help="What training reads.", no_args_is_help=True)
 app.add_typer(shards, name="shards")
 
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="A folder, an ONNX file, or an address in MLflow: models:/cosface@champion, models:/m-<id>, runs:/<id>. "
+        "By default the champion; where there is none, the folder models."
+    ),
+]
+
+
 class CommandError(InputError):
     """A command cannot do what it was asked to; the message says why."""
 
@@ -45,6 +56,19 @@ def main() -> None:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def _exit_status(status: int) -> Iterator[None]:
+    """End by this status on any exception, where 1, Python's own, would be taken for an answer."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(status)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(status)
 
 
 @app.command()
@@ -144,14 +168,79 @@ def export(
     models: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("models"),
 ) -> None:
     """Write the trained model as ONNX: uint8 faces in, embeddings of length 1 out."""
-    import torch
-
     from stages.train.export import export
-    from stages.train.model import load_model
 
-    model = load_model(models, torch.device("cpu"))
-    export(model, out)
+    model = export(models, out)
     print(f"{out}: images N×3×112×{model.width} uint8, RGB, aligned; embeddings of length 1")
+
+
+@app.command("verify")
+def verify_photographs(
+    left: Annotated[Path, typer.Argument(metavar="A.JPG", help="A photograph.")],
+    right: Annotated[Path, typer.Argument(metavar="B.JPG", help="Another one.")],
+    model: Model = None,
+    far: Annotated[float, typer.Option(help="False accept rate of the threshold, above 0 and below 1.")] = 0.001,
+    scores: Annotated[
+        Path | None, typer.Option(help="The scores.parquet that the threshold is chosen by, of the same model.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say whether two photographs show the same person.
+
+    The threshold is chosen by the scores that the model's evaluation has left: those of its run in MLflow, or
+    reports/lfw/scores.parquet if they are this model's. Exit status: 0 the same person, 1 different people, 2 it cannot
+    be decided: a photograph is unreadable or without a face, there are no scores, or there was an error.
+    """
+    with _exit_status(2):
+        if not 0 < far < 1:
+            raise CommandError(f"--far: must be above 0 and below 1, not {far:g}")
+        import json
+
+        from pipeline import registry
+        from pipeline.executor import choose_device
+        from pipeline.params import load_params
+        from stages.evaluate import models, verify
+
+        params = load_params()
+        with registry.located(model, params) as place:
+            embedder = models.load_embedder(place.path, choose_device(params.machine.device), place.name)
+            threshold = verify.find_threshold(embedder, far, scores, place.scores)
+            verdict = verify.verify(left, right, embedder, params, threshold)
+        if as_json:
+            print(json.dumps(verdict.as_json(), indent=2))
+        else:
+            print(verdict.describe(params.align.choose))
+        sys.exit(2 if verdict.same is None else 0 if verdict.same else 1)
+
+
+@app.command()
+def embed(
+    folder: Annotated[Path, typer.Argument(help="Its photographs, at any depth.")],
+    out: Annotated[Path, typer.Option(help="A .parquet file, or an .npz file as `cosface score` reads it.")],
+    model: Model = None,
+    aligned: Annotated[bool, typer.Option("--aligned", help="They are aligned faces: nothing is detected.")] = False,
+    fallback: Annotated[
+        bool, typer.Option("--fallback", help="Crop the centre where no face is found, as evaluation does.")
+    ] = False,
+) -> None:
+    """Embed all photographs of a folder, each face and its mirror image.
+
+    One without a face, or that cannot be read, is listed and costs nothing else.
+    """
+    from pipeline import registry
+    from pipeline.executor import choose_device
+    from pipeline.params import load_params
+    from pipeline.progress import configure_logging
+    from stages.evaluate.models import load_embedder
+    from stages.evaluate.photographs import embed_folder
+
+    configure_logging()
+    params = load_params()
+    with registry.located(model, params) as place:
+        embedder = load_embedder(place.path, choose_device(params.machine.device), place.name)
+        found = embed_folder(folder, out, embedder, params, aligned=aligned, fallback=fallback)
+    statuses = ", ".join(f"{count:,} {status}" for status, count in sorted(found.statuses.items()))
+    print(f"{out}: {found.embedded:,} of {found.statuses.total():,} photographs ({statuses}), by {embedder.name}")
 
 
 @app.command()

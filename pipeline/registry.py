@@ -1,11 +1,122 @@
-"""Which model is champion: MLflow's model registry, by the one decision that needs a person or a rule, `promote`."""
+"""Which model is champion: MLflow's model registry, by the one decision that needs a person or a rule, `promote`.
+
+And where a model lies that a person names: a path, or an address in MLflow.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.params import Params
-from pipeline.tracking import TrackingError, connect, newest_run, store_errors
+from pipeline.tracking import TrackingError, connect, newest_run, store_client, store_errors, store_exists, store_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 NAME = "cosface"
 """Of the registered model; its champion is `models:/cosface@champion`."""
 CHAMPION = "champion"
+MODELS = Path("models")
+"""Where training leaves the model of this folder."""
+SCORES = "lfw/scores.parquet"
+"""Below reports/ and among the artifacts of a run: the scores that thresholds are chosen by."""
+_ADDRESS = re.compile(
+    r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)"
+    r"|models:/(?P<versioned>[^/@]+)/(?P<version>\d+)"
+    r"|models:/(?P<model>m-\w+)"
+    r"|runs:/(?P<run>\w+)(/.*)?"
+)
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model that was asked for."""
+
+    path: Path
+    """A folder or a file."""
+    name: str
+    """For people."""
+    scores: Path | None
+    """Of its pairs of lfw, from the run that trained it; None where it is no model of MLflow, or was not evaluated."""
+
+
+@contextmanager
+def located(address: str | None, params: Params) -> Iterator[Located]:
+    """A model by the way that a person names it, for as long as the block lasts.
+
+    Args:
+        address: a path; `models:/<name>@<alias>`, `models:/<name>/<version>`, `models:/m-<id>` or `runs:/<id>`; None
+            for the champion where there is one, otherwise the folder `models`.
+        params: for whether there is tracking.
+
+    Raises:
+        TrackingError: MLflow does not answer, or has no such model, or not its weights.
+    """
+    if address is None:
+        address = f"models:/{NAME}@{CHAMPION}" if params.tracking.enabled and _has_champion() else str(MODELS)
+    if not address.startswith(("models:", "runs:")):
+        yield Located(Path(address), address, None)
+        return
+    with tempfile.TemporaryDirectory(prefix="cosface-model-") as folder:
+        with store_errors():
+            if not store_exists():
+                raise TrackingError(f"{address}: there is no MLflow store {store_uri()} (MLFLOW_TRACKING_URI)")
+            place = _fetched(address, Path(folder))
+        yield place
+
+
+def _has_champion() -> bool:
+    from mlflow.exceptions import MlflowException
+
+    if not store_exists():  # asking would make one
+        return False
+    with store_errors():
+        try:
+            store_client().get_model_version_by_alias(NAME, CHAMPION)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return False
+    return True
+
+
+def _fetched(address: str, folder: Path) -> Located:
+    """The files of a model in MLflow, as its run keeps them: weights in safetensors, and scores if there are any."""
+    client = store_client()
+    run_id, version = _run_of(client, address)
+    run = client.get_run(run_id).info.run_name
+    name = f"{address} ({version}{run}, run {run_id})"
+    there = {file.path for kind in ("models", "lfw") for file in client.list_artifacts(run_id, kind)}
+    wanted = [f"models/{file}" for file in ("backbone.safetensors", "model.json")]
+    if not there.issuperset(wanted):
+        raise TrackingError(f"{name}: its run has not kept {' and '.join(wanted)}; take a run that ended well")
+    for file in (*wanted, SCORES):
+        if file in there:
+            client.download_artifacts(run_id, file, str(folder))
+    return Located(folder / "models", name, folder / SCORES if SCORES in there else None)
+
+
+def _run_of(client: "MlflowClient", address: str) -> tuple[str, str]:
+    """The run that an address means, and, where it means a version of a registered model, which one."""
+    found = _ADDRESS.fullmatch(address)
+    if found is None:
+        raise TrackingError(
+            f"{address}: not an address of a model, as models:/{NAME}@{CHAMPION}, models:/{NAME}/1, models:/m-<id> and "
+            "runs:/<id> are"
+        )
+    if found["run"]:
+        return found["run"], ""
+    if found["model"]:
+        return str(client.get_logged_model(found["model"]).source_run_id), ""
+    if found["alias"]:
+        version = client.get_model_version_by_alias(found["name"], found["alias"])
+    else:
+        version = client.get_model_version(found["versioned"], found["version"])
+    return str(version.run_id), f"version {version.version}, "
 
 
 def promote(run_id: str, params: Params) -> tuple[str, str]:

@@ -224,9 +224,26 @@ def connect(params: Params) -> tuple["MlflowClient", str]:
     Raises:
         TrackingError: the store does not answer, or the experiment was deleted.
     """
-    uri, name = store_uri(), params.tracking.experiment
-    served = uri.startswith(("http://", "https://"))
-    if served:
+    client, name = store_client(), params.tracking.experiment
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # or the UI takes it for a chat application
+        return client, client.create_experiment(name, None if _served() else artifacts_root().as_uri(), tags=kind)
+    if experiment.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"tracking.experiment: {name!r} was deleted in MLflow; restore it there or take another name"
+        )
+    return client, experiment.experiment_id
+
+
+def store_client() -> "MlflowClient":
+    """A client of the store, which is made if it is a file that is absent.
+
+    Raises:
+        TrackingError: it is a server, and does not answer.
+    """
+    uri = store_uri()
+    if _served():
         try:
             httpx.get(uri, timeout=10)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -234,16 +251,17 @@ def connect(params: Params) -> tuple["MlflowClient", str]:
                 f"MLFLOW_TRACKING_URI={uri}: no answer ({error}); start that server, unset the variable, "
                 "or set tracking.enabled: false in params.yaml"
             ) from error
-    client = _client(uri)
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # or the UI takes it for a chat application
-        return client, client.create_experiment(name, None if served else artifacts_root().as_uri(), tags=kind)
-    if experiment.lifecycle_stage == "deleted":
-        raise TrackingError(
-            f"tracking.experiment: {name!r} was deleted in MLflow; restore it there or take another name"
-        )
-    return client, experiment.experiment_id
+    return _client(uri)
+
+
+def store_exists() -> bool:
+    """Whether there is a store to look into: a file that is there, or anything else than a file."""
+    uri = store_uri()
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+
+
+def _served() -> bool:
+    return store_uri().startswith(("http://", "https://"))
 
 
 def newest_run(client: "MlflowClient", experiment: str, condition: str = "") -> "MlflowRun | None":

@@ -32,7 +32,7 @@ _MADE = pa.schema([field for field in tables.ALIGNED if field.name not in COPIED
 """The columns that alignment makes."""
 _BATCH_IMAGES, _BATCH_PIXELS = 64, 1 << 24
 """A batch closes at either: memory stays bounded however large the photographs are."""
-_GPU_WORKERS = 8
+GPU_WORKERS = 8
 """Most processes that share a GPU: each holds some 500 MB of it."""
 
 
@@ -85,7 +85,7 @@ def run(raw: Path, out: Path, params: Align, machine: Machine, *, evaluation: bo
             label=f"align {raw.name}",
             unit="images",
             sizes=[tables.rows(task[0]) for task in tasks],
-            most=_GPU_WORKERS if device == "cuda" else None,
+            most=GPU_WORKERS if device == "cuda" else None,
         )
         rmtree(aside)
     return write_page(raw, out, report, params, evaluation=evaluation)

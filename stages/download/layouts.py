@@ -36,13 +36,21 @@ class Ids(NamedTuple):
     frame: int | None
 
 
-def why_skipped(set_name: str, name: str) -> str | None:
-    """Why a file is none of the set's photographs; None if it is one."""
+def why_no_photograph(name: str) -> str | None:
+    """Why a file is no photograph, by its name; None if it is one."""
     parts = _parts(name)
     if any(part == "__MACOSX" or (part.startswith(".") and part != "..") for part in parts):
         return "hidden files"
     if not parts or splitext(parts[-1])[1].lower() not in IMAGES:
         return "files that are no images"
+    return None
+
+
+def why_skipped(set_name: str, name: str) -> str | None:
+    """Why a file is none of the set's photographs; None if it is one."""
+    if (reason := why_no_photograph(name)) is not None:
+        return reason
+    parts = _parts(name)
     if set_name == "ytf" and "aligned_images_DB" in parts:  # the full YouTubeFaces.tar.gz has every frame twice
         return "aligned copies of frames"
     if len(parts) < _DEPTH[set_name]:

@@ -12,7 +12,7 @@ from pipeline import tables
 from pipeline.executor import choose_device
 from pipeline.pages import save_png
 from pipeline.params import Evaluate, Machine
-from pipeline.tracking import NoRun
+from pipeline.tracking import MODEL_TAG, NoRun, model_digest
 from stages.evaluate import embed, figures
 from stages.evaluate.verification import EvaluationError, Metrics, Roc, evaluate
 from stages.train.model import load_model
@@ -73,7 +73,9 @@ def run(
             "want of any image",
             aligned.name, undetected, lost, embed.UNUSABLE_SCORE,
         )  # fmt: skip
-    _write(out, pairs.append_column("score", pa.array(scores)).select(SCORES.names), metrics, undetected)
+    scored = pairs.append_column("score", pa.array(scores)).select(SCORES.names)
+    tables.write_table(out / "scores.parquet", scored, SCORES, metadata={MODEL_TAG: model_digest(models)})
+    _write(out, scored, metrics, undetected)
     _track(tracker, aligned.name, out, metrics)
     log.info("%s: accuracy %.2f%% ± %.2f", aligned.name, 100 * metrics.accuracy, 100 * metrics.accuracy_se)
     return metrics
@@ -88,7 +90,6 @@ def _index(pairs: pa.Table) -> tuple[list[str], NDArray[np.int64], NDArray[np.in
 
 
 def _write(out: Path, scored: pa.Table, metrics: Metrics, undetected: int) -> None:
-    tables.write_table(out / "scores.parquet", scored, SCORES)
     roc = figures.thin(metrics.roc)
     with tables.atomic(out / "roc.csv") as path:
         path.write_text("far,tar\n" + "".join(f"{_rounded(x)},{_rounded(y)}\n" for x, y in _points(roc)))

@@ -30,6 +30,15 @@ def decode_face(jpeg: bytes, width: int) -> NDArray[np.uint8]:
         simplejpeg.decode_jpeg(jpeg, "RGB", buffer=pixels)
     except ValueError as error:
         raise FaceError(f"{len(jpeg)} bytes that are no JPEG stand for an aligned face: {error}") from error
+    return middle(pixels, width)
+
+
+def middle(pixels: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """What a network sees of an aligned face, H×W×3: the 112×width in its middle.
+
+    Raises:
+        FaceError: it is smaller.
+    """
     top, left = (pixels.shape[0] - HEIGHT) // 2, (pixels.shape[1] - width) // 2
     if min(top, left) < 0:
         raise FaceError(

@@ -5,12 +5,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from torch.nn.functional import normalize
+from torch import nn
 
 from pipeline.params import Backbone
+from stages.evaluate.models import load_embedder
 from stages.train.backbones import BACKBONES
 from stages.train.export import export
-from stages.train.model import build_model
+from stages.train.model import build_model, save_model
 
 FAMILIES = ("iresnet18", "mobilefacenet", "small")
 NAMES = tuple(BACKBONES) if os.environ.get("COSFACE_EVERY_BACKBONE") else FAMILIES
@@ -21,19 +22,31 @@ NAMES = tuple(BACKBONES) if os.environ.get("COSFACE_EVERY_BACKBONE") else FAMILI
 def test_onnxruntime_agrees(name: str, width: int, tmp_path: Path) -> None:
     """For several sizes of batch, to 1e-4; statistics of batch normalisation are as after some training."""
     torch.manual_seed(0)
-    model = build_model(Backbone(name=name, width=width, embedding=64))  # type: ignore[arg-type]
+    backbone = Backbone(name=name, width=width, embedding=64)  # type: ignore[arg-type]
+    model = build_model(backbone)
     images = torch.randint(0, 256, (5, 3, 112, width), dtype=torch.uint8)
     model.train()(images)
-    model.eval()
-    export(model, tmp_path / "model.onnx")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]  # weights and all
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    (given,), (made,) = session.get_inputs(), session.get_outputs()
+    save_model(tmp_path / "models", model.eval(), nn.Linear(2, 2), {"backbone": backbone.model_dump()})
+    export(tmp_path / "models", tmp_path / "out" / "model.onnx")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]  # weights and all
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    (given,), (made, norm) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(uint8)", [3, 112, width])
     assert (made.name, made.type, made.shape[1:]) == ("embeddings", "tensor(float)", [64])
+    assert (norm.name, norm.type, norm.shape[1:]) == ("norms", "tensor(float)", [])
+    with torch.inference_mode():
+        features = model(images).numpy()
+    lengths = np.linalg.norm(features, axis=1)
     for count in (1, 2, 5):
-        with torch.inference_mode():
-            expected = normalize(model(images[:count])).numpy()
-        (embeddings,) = session.run(None, {"images": images[:count].numpy()})
-        assert np.abs(embeddings - expected).max() < 1e-4
+        embeddings, norms = session.run(None, {"images": images[:count].numpy()})
+        assert np.abs(embeddings - features[:count] / lengths[:count, None]).max() < 1e-4
         assert np.linalg.norm(embeddings, axis=1) == pytest.approx(np.ones(count), abs=1e-5)
+        np.testing.assert_allclose(norms, lengths[:count], rtol=1e-4)
+
+    folder, file = (load_embedder(tmp_path / place, torch.device("cpu")) for place in ("models", "out/model.onnx"))
+    assert (
+        (file.width, file.length, file.digest)
+        == (folder.width, folder.length, folder.digest)
+        == (width, 64, file.digest)
+    )
+    np.testing.assert_allclose(file(images), folder(images), rtol=1e-4, atol=1e-4 * lengths.min())

@@ -1,0 +1,212 @@
+"""Two photographs: do they show the same person?"""
+
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline import tables
+from pipeline.executor import choose_device
+from pipeline.params import Params
+from pipeline.tracking import MODEL_TAG
+from stages.align.decode import decode
+from stages.evaluate import SCORES
+from stages.evaluate.models import Embedder
+from stages.evaluate.photographs import align_files, features
+from stages.evaluate.verification import EvaluationError
+from stages.train.faces import middle
+
+LOCAL = Path("reports/lfw/scores.parquet")
+"""The scores that thresholds are chosen by: of the model in this folder, as a rule."""
+_CHOICES = {
+    "centre": "nearest to the centre",
+    "largest": "largest",
+    "weighted": "best by size and nearness to the centre",
+}
+"""Of `align.choose`, in words."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What was found in a photograph."""
+
+    path: str
+    status: str
+    """detected, no_face or unreadable."""
+    detail: str | None
+    """Why it is unreadable."""
+    box: list[float] | None
+    """Of the face that was taken: left, top, right, bottom in pixels."""
+    others: list[list[float]]
+    """The boxes of other faces."""
+
+    def describe(self, choose: str) -> str:
+        """One line for people; `choose` is the rule by which one of several faces is taken."""
+        if self.box is None:
+            return f"{self.path}: {self.detail or 'no face found'}"
+        if not self.others:
+            return f"{self.path}: one face, {_words(self.box)}"
+        others = "; ".join(_words(box) for box in self.others)
+        taken = f"the {_CHOICES[choose]} is taken, {_words(self.box)}"
+        return f"{self.path}: {1 + len(self.others)} faces; {taken}; not {others}"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """From which score on two photographs are taken for the same person."""
+
+    value: float
+    false_accepts: int
+    """Pairs of different people that reach it ..."""
+    different: int
+    """... of so many."""
+    source: str
+    """Whose scores they are."""
+
+    @property
+    def far(self) -> float:
+        """The false accept rate that is to be expected of photographs like those."""
+        return self.false_accepts / self.different
+
+    def describe(self) -> str:
+        """Half a line for people."""
+        counts = f"{self.false_accepts:,} of {self.different:,} pairs of different people"
+        return f"{self.value:.4f} accepts {counts} (FAR {self.far:.2g}), by {self.source}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be said of two photographs."""
+
+    left: Side
+    right: Side
+    model: str
+    digest: str
+    score: float | None
+    """Cosine; None without a face on either side."""
+    threshold: Threshold | None
+    same: bool | None
+    """None where it cannot be decided."""
+    reason: str | None
+    """Why not."""
+
+    def describe(self, choose: str) -> str:
+        """A few lines for people; `choose` is the rule by which one of several faces is taken."""
+        lines = [side.describe(choose) for side in (self.left, self.right)]
+        lines.append(f"model: {self.model}")
+        if self.threshold is not None:
+            lines.append(f"threshold: {self.threshold.describe()}")
+        if self.score is not None:
+            lines.append(f"score: {self.score:.4f}")
+        answers = {True: "the same person", False: "different people", None: f"cannot be decided: {self.reason}"}
+        lines.append(f"verdict: {answers[self.same]}")
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        found = asdict(self)
+        if self.threshold is not None:
+            found["threshold"]["far"] = self.threshold.far
+        return found
+
+
+def verify(left: Path, right: Path, model: Embedder, params: Params, threshold: Threshold | str) -> Verdict:
+    """Compare the faces in two photographs, with the flip-test where evaluation has it.
+
+    Args:
+        threshold: as from `choose_threshold`, or why there is none.
+    """
+    device = choose_device(params.machine.device).type
+    rows = list(align_files([left, right], params.align, fallback=False, device=device))
+    sides = [_side(str(path), row) for path, row in zip((left, right), rows, strict=True)]
+    verdict = partial(Verdict, sides[0], sides[1], model=model.name, digest=model.digest)
+    if missing := [side.path for side in sides if side.box is None]:
+        reason = f"no face to compare in {' and '.join(missing)}"
+        return verdict(
+            score=None, threshold=None if isinstance(threshold, str) else threshold, same=None, reason=reason
+        )
+    faces = np.stack([middle(decode(row["image"]), model.width) for row in rows])
+    both = features(model, faces).astype(np.float64)
+    vectors = both.reshape(2, -1) if params.evaluate.flip else both[:, 0]
+    score = float(np.prod(np.linalg.norm(vectors, axis=1)) ** -1 * (vectors[0] @ vectors[1]))
+    if isinstance(threshold, str):
+        return verdict(score=score, threshold=None, same=None, reason=threshold)
+    return verdict(score=score, threshold=threshold, same=score >= threshold.value, reason=None)
+
+
+def find_threshold(model: Embedder, far: float, given: Path | None, recorded: Path | None) -> Threshold | str:
+    """The threshold at a false accept rate by the scores that are at hand, or why there is none.
+
+    Args:
+        model: whose scores they must be.
+        far: above 0 and below 1.
+        given: a scores.parquet that the user names.
+        recorded: one that the model's run in MLflow has kept; without either, that of reports/lfw counts.
+
+    Raises:
+        EvaluationError: the user's scores are of another model, or have no pairs of different people.
+        TableError: they are absent or no scores.
+    """
+    path = given or recorded or LOCAL
+    if path == LOCAL and not path.exists():
+        return f"no threshold: {path} is not there; `dvc repro` makes it, or --scores names another"
+    table = tables.read_table(path, SCORES, ["score", "same"])
+    made = (pq.read_metadata(path).metadata or {}).get(MODEL_TAG.encode(), b"unknown").decode()
+    if made != model.digest:
+        problem = f"{path} has the scores of another model ({made[:12]}) than {model.name} ({model.digest[:12]})"
+        if given:
+            raise EvaluationError(problem)
+        return f"no threshold: {problem}; `dvc repro` or `cosface evaluate` makes its own"
+    source = "lfw, as its run in MLflow has kept them" if path == recorded else str(path)
+    return threshold_at(table["score"].to_numpy().astype(np.float64), table["same"].to_numpy(), far, source)
+
+
+def threshold_at(score: NDArray[np.float64], same: NDArray[np.bool_], far: float, source: str) -> Threshold | str:
+    """The threshold at a false accept rate by N scores and N truths, or why there is none.
+
+    As TAR@FAR is measured: of the thresholds that accept no more than `far` of the different pairs, the lowest; it lies
+    in the middle between the scores of two pairs.
+
+    Args:
+        far: above 0 and below 1.
+        source: whose scores they are, for people.
+
+    Raises:
+        EvaluationError: there are no pairs of different people.
+    """
+    different = np.sort(score[~same])[::-1]
+    if not len(different):
+        raise EvaluationError(f"{source}: no pairs of different people to choose a threshold by")
+    allowed = int(Fraction(str(far)) * len(different))
+    if allowed < 1:
+        return (
+            f"{source} has {len(different):,} pairs of different people, too few for a threshold at FAR {far:g}; "
+            f"the least is {1 / len(different):.2g}"
+        )
+    barred = different[allowed] if allowed < len(different) else -np.inf
+    distinct = np.unique(score)
+    above = int(np.searchsorted(distinct, barred, side="right"))
+    if above == 0:
+        value = distinct[0]
+    elif above == len(distinct):
+        value = np.nextafter(distinct[-1], np.inf)
+    else:
+        value = distinct[above - 1] + (distinct[above] - distinct[above - 1]) / 2
+    return Threshold(float(value), int((different >= value).sum()), len(different), source)
+
+
+def _side(path: str, row: dict[str, Any]) -> Side:
+    if row["status"] != "detected":
+        return Side(path, row["status"], row.get("detail"), None, [])
+    others = [[float(edge) for edge in box] for box in np.reshape(row["others"], (-1, 4))]
+    return Side(path, "detected", None, [float(edge) for edge in row["box"]], others)
+
+
+def _words(box: list[float]) -> str:
+    left, top, right, bottom = (round(edge) for edge in box)
+    return f"x {left} to {right}, y {top} to {bottom}"
