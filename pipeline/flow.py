@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.params import Params, Synthetic, is_remote, load_params
+from pipeline.params import Absent, Params, Synthetic, is_remote, load_params
 from pipeline.servers import (
     GRACE_SECONDS,
     HOST,
@@ -92,7 +92,7 @@ def retries(stage: str, params: Params) -> int:
     """How often a failed stage is tried again: downloads from afar are, nothing else gets better by repetition."""
     name, _, which = stage.partition("@")
     source = getattr(params.download, which, None) if name == "download" else None
-    if source is None or isinstance(source, Synthetic):
+    if source is None or isinstance(source, Synthetic | Absent):
         return 0
     return len(RETRY_DELAYS) if any(is_remote(place) for place in (source.location, source.pairs or "")) else 0
 

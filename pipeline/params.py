@@ -13,7 +13,10 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import InputError
 
-SETS = ("train", "lfw", "ytf")
+SETS = ("train", "lfw", "ytf", "probes", "distractors")
+"""The training set; LFW and YouTube Faces; and MegaFace's two: FaceScrub's photographs and those of strangers."""
+PAIRED = ("lfw", "ytf")
+"""Those that come with a list of pairs."""
 
 NOTHING_LOCAL = "stages/download"
 """Stands in `watch` where a set has no file on this machine that DVC could watch."""
@@ -42,11 +45,11 @@ class Synthetic(Section):
     seed: Seed
     identities: Annotated[int, Field(ge=2)]
     images: Count
-    """Photographs of an identity (train, lfw); frames of a video (ytf)."""
+    """Photographs of an identity; frames of a video (ytf)."""
     videos: Count
     """Videos of an identity (ytf); 1 elsewhere."""
     folds: Annotated[int, Field(ge=0)]
-    """Folds of the protocol's pairs; 0 for the training set, which has none."""
+    """Folds of the protocol's pairs; 0 for sets without."""
     pairs: Annotated[int, Field(ge=0)]
     """Pairs in a fold, half of them of the same person."""
     size: Annotated[int, Field(ge=64, le=1024)]
@@ -60,7 +63,7 @@ class Local(Section):
     watch: list[str]
     location: str
     pairs: str | None
-    """pairs.txt (lfw) or splits.txt (ytf): a path or an address; null for train."""
+    """pairs.txt (lfw) or splits.txt (ytf): a path or an address; null for the others."""
     pairs_sha256: Sha256 | None
 
 
@@ -75,7 +78,16 @@ class Archive(Section):
     pairs_sha256: Sha256 | None
 
 
-Source = Annotated[Synthetic | Local | Archive, Field(discriminator="source")]
+class Absent(Section):
+    """No photographs, and so no identification."""
+
+    source: Literal["none"]
+    watch: list[str]
+
+
+Given = Synthetic | Local | Archive
+Source = Annotated[Given, Field(discriminator="source")]
+Optional = Annotated[Given | Absent, Field(discriminator="source")]
 
 
 def is_remote(location: str) -> bool:
@@ -94,15 +106,17 @@ class Download(Section):
     train: Source
     lfw: Source
     ytf: Source
+    probes: Optional
+    distractors: Optional
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in SETS:
-            source: Synthetic | Local | Archive = getattr(self, name)
+            source: Given | Absent = getattr(self, name)
             if isinstance(source, Synthetic):
                 self._check_synthetic(name, source)
-            elif (name == "train") != (source.pairs is None):
-                raise ValueError(f"{name}.pairs: null for train; the path or address of the pair list for lfw and ytf")
+            elif not isinstance(source, Absent) and (name in PAIRED) == (source.pairs is None):
+                raise ValueError(f"{name}.pairs: the path or address of the pair list for lfw and ytf; null for others")
             if source.watch != watched(source):
                 raise ValueError(
                     f"{name}.watch: must name what lies on this machine, so that DVC notices when it changes: "
@@ -112,19 +126,19 @@ class Download(Section):
 
     @staticmethod
     def _check_synthetic(name: str, source: Synthetic) -> None:
-        if (name == "train") != (source.folds == 0):
-            raise ValueError(f"{name}.folds: the training set has none (0), lfw and ytf need at least 2")
-        if name != "train" and (source.folds == 1 or source.pairs < 2 or source.pairs % 2):
+        if (name in PAIRED) == (source.folds == 0):
+            raise ValueError(f"{name}.folds: lfw and ytf need at least 2, the others have none (0)")
+        if name in PAIRED and (source.folds == 1 or source.pairs < 2 or source.pairs % 2):
             raise ValueError(f"{name}: needs folds >= 2 and an even number of pairs in a fold, at least 2")
 
 
-def watched(source: Synthetic | Local | Archive) -> list[str]:
+def watched(source: Given | Absent) -> list[str]:
     """What `watch` must say: the paths of the photographs and of the pair list, as DVC is to hash them.
 
     Where there is no such file on this machine, the download stage's own code stands in, which DVC hashes anyway:
     dvc.yaml can name only a fixed number of paths.
     """
-    places = (None, None) if isinstance(source, Synthetic) else (source.location, source.pairs)
+    places = (None, None) if isinstance(source, Synthetic | Absent) else (source.location, source.pairs)
     return [NOTHING_LOCAL if place is None or is_remote(place) else str(local_path(place)) for place in places]
 
 
@@ -467,14 +481,45 @@ class Train(Section):
         return self
 
 
-class Evaluate(Section):
-    """Verification on LFW and YTF."""
+class MegaFace(Section):
+    """Identification among strangers (Kemelmacher-Shlizerman et al., CVPR 2016)."""
 
-    flip: bool
-    """Concatenate the features of the image and its mirror image, as the paper does."""
-    batch: Count
+    distractors: Annotated[list[Count], Field(min_length=1)]
+    """How many strangers there are in the gallery, in turn."""
+    seed: Seed
+    """Of the order in which they join it."""
     fars: list[Annotated[float, Field(gt=0, lt=1)]]
     """False accept rates at which the true accept rate is reported."""
+    noise: str | None
+    """A file of image ids of both sets, a line each, that are left out: MegaFace's refined figures; null: none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if list(self.distractors) != sorted(set(self.distractors)):
+            raise ValueError(f"distractors must increase, not {list(self.distractors)}")
+        return self
+
+
+class Evaluate(Section):
+    """Verification on LFW and YTF, identification as MegaFace has it."""
+
+    batch: Count
+    """Images that are embedded at a time."""
+    flip: Literal["concatenate", "sum", "none"]
+    """What becomes of the mirror image's features: the paper puts them behind those of the image."""
+    centre: bool
+    """Whether the mean of the folds that a threshold is chosen on is subtracted from features."""
+    fars: list[Annotated[float, Field(gt=0, lt=1)]]
+    """False accept rates at which the true accept rate is reported."""
+    replicates: Annotated[int, Field(ge=100)]
+    """Of the bootstrap over identities."""
+    seed: Seed
+    """Of the bootstrap."""
+    leaks: Literal["refuse", "report"]
+    """What happens where people of the training set are in the evaluation set, by name."""
+    extra: Annotated[str, Field(min_length=1)]
+    """A folder of more pairs: NAME.bin, NAME.csv."""
+    megaface: MegaFace
 
 
 class Audit(Section):
@@ -564,7 +609,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 
 def _explain(error: ValidationError) -> list[str]:
-    tags = {"synthetic", "folder", "archive", "uniform", "balanced"}
+    tags = {"synthetic", "folder", "archive", "none", "uniform", "balanced"}
     tags |= {"steps", "cosine", "polynomial", "softmax", "nsl", "a-softmax", "cosface", "arcface", "adaface"}
     lines = []
     for item in error.errors(include_url=False):

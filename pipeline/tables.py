@@ -62,6 +62,16 @@ ALIGNED = pa.schema(
         ("detail", pa.string()),  # why an image is unreadable; null otherwise
     ]
 )
+EMBEDDED = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("identity", pa.string()),
+        ("video", pa.string()),
+        ("status", pa.string()),  # as in the aligned table
+        ("emb", pa.list_(pa.float32())),  # features, D, not normalised; null where there is no image
+        ("flip", pa.list_(pa.float32())),  # of the mirror image; null for the training set, too
+    ]
+)
 EXAMPLES = pa.schema([("image", pa.binary()), ("label", pa.int32())])
 LABELS = pa.schema(
     [

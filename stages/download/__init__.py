@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline import tables
 from pipeline.executor import run_all
-from pipeline.params import Archive, Local, Machine, Synthetic, local_path
+from pipeline.params import PAIRED, Absent, Archive, Given, Local, Machine, Synthetic, local_path
 from pipeline.progress import progress
 from stages.download import synthetic
 from stages.download.archives import Member, archive_members, folder_digest, folder_members
@@ -73,7 +73,7 @@ class Contents:
 
 def run(
     set_name: str,
-    source: Synthetic | Local | Archive,
+    source: Given | Absent,
     out: Path,
     machine: Machine,
     downloads: Path = Path("data/downloads"),
@@ -83,7 +83,7 @@ def run(
     The same source gives the same bytes, on any number of workers; a killed run goes on with the first missing part.
 
     Args:
-        set_name: train, lfw or ytf.
+        set_name: one of pipeline.params.SETS.
         source: the set's section of params.yaml.
         out: folder of the raw set.
         machine: section machine of params.yaml.
@@ -92,7 +92,10 @@ def run(
     Raises:
         SourceError: the source is absent, damaged, of another layout, or does not fit its pair list.
     """
-    if isinstance(source, Synthetic):
+    if isinstance(source, Absent):
+        with tables.resumable(out, tables.fingerprint(set_name, code=(CODE,))):
+            tables.write_table(tables.part_path(out, 0), tables.RAW.empty_table(), tables.RAW)
+    elif isinstance(source, Synthetic):
         _run_synthetic(set_name, source, out, machine)
     else:
         _run_photographs(set_name, source, out, downloads)
@@ -101,7 +104,7 @@ def run(
 def _run_synthetic(set_name: str, params: Synthetic, out: Path, machine: Machine) -> None:
     """Render the parts, each in some worker process."""
     contents, photographs = Contents(), synthetic.photographs(params, set_name)
-    pairs = None if set_name == "train" else synthetic.protocol(params, set_name)
+    pairs = synthetic.protocol(params, set_name) if set_name in PAIRED else None
     for photograph in photographs:
         contents.add(_ids(photograph), photograph.image_id)
     with tables.resumable(out, tables.fingerprint(set_name, params.model_dump(exclude={"watch"}), code=(CODE,))):

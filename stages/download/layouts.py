@@ -18,12 +18,14 @@ EXPECTED = {
     "train": "<identity>/<image>.jpg",
     "lfw": "<identity>/<identity>_0001.jpg",
     "ytf": "<identity>/<video>/<frame number>.jpg",
+    "probes": "<identity>/<image>.jpg",
+    "distractors": "<folder>/<image>.jpg",
 }
 """What the paths of each set end in."""
 
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 
-_DEPTH = {"train": 2, "lfw": 2, "ytf": 3}
+_DEPTH = {"train": 2, "lfw": 2, "ytf": 3, "probes": 2, "distractors": 2}
 _FRAME = re.compile(r"\d+$", re.ASCII)
 
 

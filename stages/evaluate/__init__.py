@@ -1,7 +1,16 @@
-"""Verification on LFW- and YTF-style pairs: scores, metrics, figures and the report page."""
+"""Verification and identification with an embedded set: scores, metrics, figures and the report page.
 
-import json
+faces        features.py        features of each face, once; embed.py: its stage
+pairs        scoring.py         scores; verification.py and uncertainty.py: what they say, and how surely
+strangers    identification.py  MegaFace; identify.py: its stage; extra.py: more sets of pairs
+overlap      leaks.py           people who are trained on; audit.py: what the model suspects
+pages        figures.py         curves; report.py: the page
+other models models.py          of any kind; foreign.py: embeddings from elsewhere; comparison.py: two runs
+photographs  photographs.py     of one's own; verify.py: two of them
+"""
+
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,34 +18,30 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline import tables
-from pipeline.executor import choose_device
 from pipeline.pages import save_png
-from pipeline.params import Evaluate, Machine
-from pipeline.tracking import MODEL_TAG, NoRun, model_digest
-from stages.evaluate import embed, figures
-from stages.evaluate.verification import EvaluationError, Metrics, Roc, evaluate
-from stages.train.model import load_model
+from pipeline.params import Evaluate
+from pipeline.tracking import NoRun
+from stages.evaluate import features, figures, scoring, uncertainty
+from stages.evaluate.leaks import check_leaks
+from stages.evaluate.scoring import Options, Scored
+from stages.evaluate.verification import EvaluationError, Metrics, Roc
 
-__all__ = ["SCORES", "EvaluationError", "run"]
+__all__ = ["EvaluationError", "Trained", "run"]
 
 log = logging.getLogger(__name__)
 
-SCORES = pa.schema(
-    [
-        ("fold", pa.int32()),
-        ("left", pa.string()),
-        ("right", pa.string()),
-        ("score", pa.float32()),  # cosine
-        ("same", pa.bool_()),
-    ]
-)
-DIGITS = 10
-"""Decimals of a figure in metrics.json and roc.csv."""
+
+@dataclass(frozen=True)
+class Trained:
+    """Whom the model has learnt from."""
+
+    labels: Path
+    """labels.parquet of its shards."""
+    names: Path
+    """shard.clean.names."""
 
 
-def run(
-    raw: Path, aligned: Path, models: Path, out: Path, params: Evaluate, machine: Machine, tracker: NoRun
-) -> Metrics:
+def run(raw: Path, embedded: Path, trained: Trained | None, out: Path, params: Evaluate, tracker: NoRun) -> Metrics:
     """Score the pairs of one set and write metrics.json, scores.parquet, roc.csv, roc.png and scores.png.
 
     All pairs count: an image or video without a detected face is used as its centre crop, and a pair of which one
@@ -44,40 +49,79 @@ def run(
 
     Args:
         raw: folder with pairs.parquet.
-        aligned: folder of the aligned set; its name is the set's.
-        models: folder of the trained model.
+        embedded: folder of the embedded set; its name is the set's.
+        trained: for the check that no person is in both sets; None where that cannot be known.
         out: folder of the results.
         params: section evaluate of params.yaml.
-        machine: section machine.
         tracker: the MLflow run of the model's training, or a `NoRun`.
 
     Raises:
-        EvaluationError: the pairs, images or model cannot be evaluated.
+        EvaluationError: the pairs or images cannot be evaluated, or people are in both sets and `leaks` refuses that.
         TableError: a table is absent or incomplete.
-        ModelError: there is no usable model.
     """
     pairs = tables.read_table(raw / "pairs.parquet", tables.PAIRS)
     names, left, right = _index(pairs)
-    frames = embed.choose_frames(aligned, names)
-    device = choose_device(machine.device)
-    model = load_model(models, device)
-    vectors = embed.templates(model, aligned, frames, batch=params.batch, flip=params.flip, device=device)
-    scores = embed.score_pairs(vectors, frames.usable, left, right)
+    leaked = None
+    if trained is not None:
+        people = tables.read_parts(embedded, tables.EMBEDDED, ["identity"])["identity"].unique().to_pylist()
+        leaked = check_leaks(embedded.name, people, trained.labels, trained.names, params.leaks)
+    frames = features.choose_frames(embedded, names, tables.EMBEDDED)
+    options = Options(params.flip, params.centre)
+    try:
+        vectors, usable = scoring.templates(features.blocks(embedded, frames), options.flip, len(names))
+    except EvaluationError as error:
+        raise EvaluationError(f"{embedded}: {error}") from error
+    fold = pairs["fold"].to_numpy()
+    scores = scoring.score(vectors, usable, left, right, fold, options.centre)
+    scored = Scored(pairs["left"].to_pylist(), pairs["right"].to_pylist(), pairs["same"].to_numpy(), fold, scores)
 
-    metrics = evaluate(scores, pairs["same"].to_numpy(), pairs["fold"].to_numpy(), params.fars)
     undetected = int((~(frames.detected[left] & frames.detected[right])).sum())
-    lost = int((~(frames.usable[left] & frames.usable[right])).sum())
     if undetected:
+        lost = int((~(usable[left] & usable[right])).sum())
         log.info(
             "%s: %d pairs touch an image or video without a detected face; scored by the centre crop, %d by %g for "
             "want of any image",
-            aligned.name, undetected, lost, embed.UNUSABLE_SCORE,
+            embedded.name, undetected, lost, scoring.UNUSABLE_SCORE,
         )  # fmt: skip
-    scored = pairs.append_column("score", pa.array(scores)).select(SCORES.names)
-    tables.write_table(out / "scores.parquet", scored, SCORES, metadata={MODEL_TAG: model_digest(models)})
-    _write(out, scored, metrics, undetected)
-    _track(tracker, aligned.name, out, metrics)
-    log.info("%s: accuracy %.2f%% ± %.2f", aligned.name, 100 * metrics.accuracy, 100 * metrics.accuracy_se)
+    return measure(scored, options, out, params, tracker, embedded.name, undetected, leaked)
+
+
+def measure(
+    scored: Scored,
+    options: Options,
+    out: Path,
+    params: Evaluate,
+    tracker: NoRun,
+    name: str,
+    undetected: int | None,
+    leaked: int | None = None,
+) -> Metrics:
+    """What scored pairs say, written as `run` writes it.
+
+    Args:
+        scored: the pairs.
+        options: how their scores came about.
+        out: folder of the results.
+        params: section evaluate of params.yaml.
+        tracker: the MLflow run of the model's training, or a `NoRun`.
+        name: of the set.
+        undetected: pairs that touch an image or video without a detected face; None where that is not known.
+        leaked: people who are trained on; None where that is not known.
+    """
+    verification = scored.verification(params.fars)
+    metrics = verification.measure()
+    intervals = uncertainty.intervals(verification, scored.people, replicates=params.replicates, seed=params.seed)
+    scored.write(out / "scores.parquet")
+    roc = figures.thin(metrics.roc)
+    with tables.atomic(out / "roc.csv") as path:
+        points = (f"{scoring.rounded(x)},{scoring.rounded(y)}\n" for x, y in _points(roc))
+        path.write_text("far,tar\n" + "".join(points))
+    save_png(figures.roc_figure(metrics), out / "roc.png")
+    save_png(figures.scores_figure(scored.own, scored.same, metrics.threshold), out / "scores.png")
+    with tables.atomic(out / "metrics.json") as path:
+        path.write_text(scoring.as_json(scoring.summary(metrics, intervals, options, undetected, leaked)) + "\n")
+    _track(tracker, name, out, metrics)
+    log.info("%s: accuracy %.2f%% ± %.2f", name, 100 * metrics.accuracy, 100 * metrics.accuracy_se)
     return metrics
 
 
@@ -89,41 +133,13 @@ def _index(pairs: pa.Table) -> tuple[list[str], NDArray[np.int64], NDArray[np.in
     return encoded.dictionary.to_pylist(), indices[: len(pairs)], indices[len(pairs) :]
 
 
-def _write(out: Path, scored: pa.Table, metrics: Metrics, undetected: int) -> None:
-    roc = figures.thin(metrics.roc)
-    with tables.atomic(out / "roc.csv") as path:
-        path.write_text("far,tar\n" + "".join(f"{_rounded(x)},{_rounded(y)}\n" for x, y in _points(roc)))
-    save_png(figures.roc_figure(metrics), out / "roc.png")
-    scores, same = scored["score"].to_numpy(), scored["same"].to_numpy()
-    save_png(figures.scores_figure(scores, same, metrics.threshold), out / "scores.png")
-    summary = {
-        "accuracy": _rounded(metrics.accuracy),
-        "accuracy_std": _rounded(metrics.accuracy_std),
-        "accuracy_se": _rounded(metrics.accuracy_se),
-        "auc": _rounded(metrics.auc),
-        "eer": _rounded(metrics.eer),
-        "tar_at_far": {far: tar if tar is None else _rounded(tar) for far, tar in metrics.tar_at_far.items()},
-        "threshold": _rounded(metrics.threshold),
-        "pairs": metrics.pairs,
-        "undetected": undetected,
-    }
-    with tables.atomic(out / "metrics.json") as path:
-        path.write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n")
-
-
 def _points(roc: Roc) -> list[tuple[float, float]]:
     return list(zip(roc.far.tolist(), roc.tar.tolist(), strict=True))
 
 
-def _rounded(value: float) -> float:
-    return round(float(value), DIGITS)
-
-
 def _track(tracker: NoRun, name: str, out: Path, metrics: Metrics) -> None:
-    values = {
-        key: getattr(metrics, key) for key in ("accuracy", "accuracy_std", "accuracy_se", "auc", "eer", "threshold")
-    }
-    values |= {f"tar_at_far_{far}": tar for far, tar in metrics.tar_at_far.items() if tar is not None}
+    values = {key: getattr(metrics, key) for key in ("accuracy_std", "accuracy_se", "threshold")}
+    values |= {key: value for key, value in metrics.figures.items() if value is not None}
     tracker.log_metrics({f"{name}/{key}": value for key, value in values.items()})
     for figure in ("roc.png", "scores.png"):
         tracker.log_figure(out / figure, f"{name}/{figure}")

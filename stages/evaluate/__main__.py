@@ -1,30 +1,23 @@
-"""`python -m stages.evaluate {lfw|ytf}`: data/aligned/<set> and models → reports/<set>."""
+"""`python -m stages.evaluate {lfw|ytf}`: the pairs of data/raw/<set> and data/embedded/<set> → reports/<set>."""
 
 import argparse
 from pathlib import Path
 
 from pipeline import tracking
 from pipeline.entry import stage
-from pipeline.params import SETS, Params
-from stages.evaluate import run
+from pipeline.params import PAIRED, Params
+from stages.evaluate import Trained, run
 
 
 def main(params: Params) -> None:
     """Evaluate the model on one set of pairs."""
     parser = argparse.ArgumentParser(prog="python -m stages.evaluate", description="Verification on one set of pairs.")
-    parser.add_argument("set", choices=[name for name in SETS if name != "train"])
+    parser.add_argument("set", choices=PAIRED)
     name = parser.parse_args().set
-    models = Path("models")
-    with tracking.training_run_of(models, params) as tracker:
-        run(
-            Path("data/raw") / name,
-            Path("data/aligned") / name,
-            models,
-            Path("reports") / name,
-            params.evaluate,
-            params.machine,
-            tracker,
-        )
+    trained = Trained(Path("data/shards/labels.parquet"), Path(params.shard.clean.names))
+    with tracking.training_run_of(Path("models"), params) as tracker:
+        raw, embedded = Path("data/raw") / name, Path("data/embedded") / name
+        run(raw, embedded, trained, Path("reports") / name, params.evaluate, tracker)
 
 
 if __name__ == "__main__":

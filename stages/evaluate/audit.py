@@ -18,21 +18,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from numpy.typing import NDArray
 
 from pipeline import pages, tables
 from pipeline.entry import stage
-from pipeline.executor import choose_device, keep_memory
-from pipeline.params import Audit, Machine, Params
-from pipeline.progress import bar
+from pipeline.params import PAIRED, Audit, Params
 from pipeline.tracking import training_run_of
-from stages.evaluate import embed
-from stages.train.model import FaceModel, load_model
+from stages.evaluate import features
 
 log = logging.getLogger(__name__)
 
-_BATCH, _BLOCK = 128, 4096
+_BLOCK = 4096
 _PER_IDENTITY = 10
 """Images of a person of a test set, at most, that make up their centre; evenly spaced."""
 _SHOWN = 60
@@ -81,36 +77,34 @@ class Suspicion:
     """What to compare; of those that the page shows."""
 
 
-def run(
-    aligned: Path, sets: Sequence[str], shards: Path, models: Path, out: Path, params: Audit, machine: Machine
-) -> dict[str, Any]:
+def run(embedded: Path, aligned: Path, sets: Sequence[str], shards: Path, out: Path, params: Audit) -> dict[str, Any]:
     """Write suspects.csv, metrics.json and index.html.
 
     Args:
-        aligned: folder of the aligned sets, `train` among them.
+        embedded: folder of the embedded sets, `train` among them.
+        aligned: folder of the aligned sets, for the page.
         sets: names of the evaluation sets there.
         shards: folder with dropped.parquet; what is left out already is not suspected again.
-        models: folder of the trained model.
         out: where they go.
 
     Returns:
         The content of metrics.json.
 
     Raises:
-        TableError: a table is absent or incomplete.
-        ModelError: there is no usable model.
+        TableError: a table is absent or incomplete, or there is not one detected face to train on.
     """
-    device = choose_device(machine.device)
-    model = load_model(models, device)
     dropped = tables.read_table(shards / "dropped.parquet", tables.DROPPED, ["image_id"])["image_id"]
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".audit-") as folder:
-        train = _embedded(aligned / "train", model, device, Path(folder), without=dropped)
+        train = _embedded(embedded / "train", Path(folder), without=dropped)
+        if not train.image_id:
+            raise tables.TableError(f"{embedded / 'train'}: not one detected face")
         sums, centres = train.centres()
         labels = suspected_labels(train, sums, centres, params.label_margin)
         overlaps = []
         for name in sets:
-            known = _embedded(aligned / name, model, device, Path(folder), most=_PER_IDENTITY)
-            overlaps += suspected_overlaps(name, train, centres, known, params.overlap)
+            known = _embedded(embedded / name, Path(folder), most=_PER_IDENTITY)
+            if known.image_id:
+                overlaps += suspected_overlaps(name, train, centres, known, params.overlap)
     overlaps.sort(key=lambda item: -item.score)
     _list(out / "suspects.csv", [*overlaps, *labels])
     metrics = {"images": len(train.code), "suspected_labels": len(labels), "suspected_overlaps": len(overlaps)}
@@ -192,34 +186,27 @@ def suspected_overlaps(
 
 
 def _embedded(
-    aligned: Path,
-    model: FaceModel,
-    device: torch.device,
-    folder: Path,
-    without: pa.ChunkedArray | None = None,
-    most: int | None = None,
+    embedded: Path, folder: Path, without: pa.ChunkedArray | None = None, most: int | None = None
 ) -> Embedded:
-    """Embed the detected faces of a set but those `without`, at most `most` of each identity; vectors lie in a file."""
-    table = tables.read_parts(aligned, tables.ALIGNED, ["image_id", "identity", "status"])
+    """The detected faces of a set but those `without`, at most `most` of each identity; vectors lie in a file."""
+    table = tables.read_parts(embedded, tables.EMBEDDED, ["image_id", "identity", "status"])
     wanted = pc.equal(table["status"], "detected").to_numpy()
     if without is not None:
         wanted &= ~pc.is_in(table["image_id"], without.combine_chunks()).to_numpy()
     if most is not None:
         wanted[wanted] = _spread(np.asarray(table["identity"].filter(pa.array(wanted)).to_pylist(), object), most)
     table = table.filter(pa.array(wanted))
+    if not len(table):
+        return Embedded([], [], np.empty(0, np.intp), np.empty((0, 0), np.float16))
     names, code = np.unique(np.asarray(table["identity"].to_pylist(), object), return_inverse=True)
-    frames = embed.choose_frames(aligned, table["image_id"].to_pylist(), by_image=True)
+    frames = features.choose_frames(embedded, table["image_id"].to_pylist(), tables.EMBEDDED, by_image=True)
     vectors: NDArray[np.float16] | None = None
-    with bar(total=len(table), label=f"{aligned.name}: embedding", unit="images") as shown:
-        for row, pixels in embed.batches(aligned, frames, _BATCH, model.width):
-            of_batch = embed.embed(model, torch.from_numpy(np.ascontiguousarray(pixels)).to(device), flip=False)
-            if vectors is None:
-                shape = len(table), of_batch.shape[1]
-                vectors = np.memmap(folder / f"{aligned.name}.float16", np.float16, "w+", shape=shape)
-            vectors[row] = of_batch.cpu().numpy().astype(np.float16)
-            shown.update(len(row))
-    if vectors is None:
-        raise tables.TableError(f"{aligned}: not one detected face")
+    for block in features.blocks(embedded, frames):
+        if vectors is None:
+            shape = len(table), block.emb.shape[1]
+            vectors = np.memmap(folder / f"{embedded.name}.float16", np.float16, "w+", shape=shape)
+        vectors[block.template] = _normalised(block.emb).astype(np.float16)
+    assert vectors is not None
     return Embedded(table["image_id"].to_pylist(), names.tolist(), code, vectors)
 
 
@@ -268,11 +255,10 @@ def _shown(suspicions: list[Suspicion], aligned: Path) -> list[dict[str, Any]]:
 
 def main(params: Params) -> None:
     """Audit the training set by the model of this folder."""
-    keep_memory()
-    aligned, models, out = Path("data/aligned"), Path("models"), Path("reports/audit")
+    aligned, embedded, out = Path("data/aligned"), Path("data/embedded"), Path("reports/audit")
     out.mkdir(parents=True, exist_ok=True)
-    metrics = run(aligned, ("lfw", "ytf"), Path("data/shards"), models, out, params.audit, params.machine)
-    with training_run_of(models, params) as tracker:
+    metrics = run(embedded, aligned, (*PAIRED, "probes"), Path("data/shards"), out, params.audit)
+    with training_run_of(Path("models"), params) as tracker:
         tracker.log_metrics({f"audit/{name}": value for name, value in metrics.items()})
         for name in ("suspects.csv", "index.html"):
             tracker.log_artifact(out / name, "audit")

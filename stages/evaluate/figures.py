@@ -1,6 +1,6 @@
 """The figures of the evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -118,4 +118,26 @@ def training_figure(
         plot.yaxis.set_major_formatter(PERCENT)
     if len(curves) > 1:
         plot.legend(loc="lower right", fontsize=8.5)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def cmc_figure(ranks: Mapping[int, NDArray[np.integer]]) -> Figure:
+    """Share of probes whose mate is among the first so many of the gallery (CMC), by number of distractors.
+
+    Args:
+        ranks: of the mates, from 1, by number of distractors; empty where nothing was measured.
+    """
+    figure, plot = axes()
+    upto = np.arange(1, 101)
+    for shade, (count, of_mates) in zip(np.linspace(0.35, 1, max(len(ranks), 1)), ranks.items(), strict=False):
+        share = np.searchsorted(np.sort(of_mates), upto, side="right") / len(of_mates)
+        plot.plot(upto, share, color=SAME, alpha=float(shade), drawstyle="steps-post", label=f"{count:,}")
+    plot.set(xscale="log", xlim=(1, 100), ylim=(None, 1.02), xlabel="rank", ylabel="share of mates found")
+    plot.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plot.yaxis.set_major_formatter(PERCENT)
+    if ranks:
+        plot.legend(title="distractors", loc="lower right", fontsize=8.5, title_fontsize=8.5)
+    else:
+        plot.text(0.5, 0.5, "not measured", transform=plot.transAxes, ha="center", color=INK)
     return figure

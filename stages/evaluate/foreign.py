@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from stages.download.protocols import Pair, read_pairs
 from stages.evaluate import scoring, uncertainty
+from stages.evaluate.features import Block
 from stages.evaluate.verification import EvaluationError
 
 Protocol = Literal["lfw", "ytf", "csv"]
@@ -125,7 +126,9 @@ def score_pairs(given: Embeddings, pairs: Sequence[Pair], options: scoring.Optio
     if absent:
         names = [name for name, index in number.items() if index in absent]
         raise EvaluationError(f"{given.path}: lacks embeddings of the pairs: {_some(names)}")
-    vectors, usable = scoring.templates(given.emb, given.flip, options.flip, template, len(number))
+    used = np.flatnonzero(template >= 0)
+    block = Block(given.emb[used], None if given.flip is None else given.flip[used], template[used])
+    vectors, usable = scoring.templates([block], options.flip, len(number))
     fold = np.array([pair.fold for pair in pairs], np.int32)
     one, other = (np.array([number[name] for name in side]) for side in (left, right))
     scores = scoring.score(vectors, usable, one, other, fold, options.centre)

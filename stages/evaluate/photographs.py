@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
 from pipeline import tables
@@ -30,6 +29,7 @@ from stages.align import GPU_WORKERS, align_images
 from stages.align.decode import UnreadableImage, decode
 from stages.download.archives import folder_members
 from stages.download.layouts import why_no_photograph
+from stages.evaluate.features import embed
 from stages.evaluate.models import Embedder
 from stages.train.faces import FaceError, middle
 
@@ -165,19 +165,6 @@ def align_files(paths: Iterable[Path], params: Align, *, fallback: bool, device:
         yield {"status": "unreadable", "detail": failures[i]} if i in failures else row
 
 
-def features(model: Embedder, faces: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Features of faces (N×112×width×3) and of their mirror images: N×2×D, not normalised.
-
-    Raises:
-        PhotographsError: they are not finite numbers.
-    """
-    images = torch.from_numpy(np.ascontiguousarray(faces.transpose(0, 3, 1, 2)))
-    both = torch.stack([model(images), model(images.flip(3))], dim=1).cpu().numpy()
-    if not np.isfinite(both).all():
-        raise PhotographsError(f"{model.name}: its features are not finite numbers: its training has diverged")
-    return both
-
-
 def _parts(photographs: Sequence[Photograph]) -> Iterator[list[Photograph]]:
     for start in range(0, len(photographs), tables.PART_ROWS):
         yield list(photographs[start : start + tables.PART_ROWS])
@@ -245,7 +232,7 @@ def _features(model: Embedder, rows: list[dict[str, Any]], batch: int) -> NDArra
     if not faces:
         return np.empty((0, 2, model.length), np.float32)
     starts = range(0, len(faces), batch)
-    return np.concatenate([features(model, np.stack(faces[start : start + batch])) for start in starts])
+    return np.concatenate([embed(model, np.stack(faces[start : start + batch])) for start in starts])
 
 
 class _Parquet:

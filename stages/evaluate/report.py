@@ -19,8 +19,9 @@ from pipeline.entry import stage
 from pipeline.pages import data_uri, to_svg
 from pipeline.params import SETS, Params, Synthetic, flatten
 from pipeline.tracking import training_run_of
-from stages.evaluate import SCORES, EvaluationError, figures
-from stages.evaluate.embed import choose_frames
+from stages.evaluate import EvaluationError, figures
+from stages.evaluate.features import choose_frames
+from stages.evaluate.scoring import SCORES
 from stages.evaluate.verification import Metrics, evaluate
 
 PROTOCOLS = {"lfw": "LFW", "ytf": "YTF"}

@@ -5,7 +5,7 @@ section 4.1), then cosines. What departs from it is named in the output.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline import tables
 from stages.evaluate import uncertainty
+from stages.evaluate.features import Block
 from stages.evaluate.verification import EvaluationError, Flags, Floats, Metrics, Verification
 
 Flip = Literal["concatenate", "sum", "none"]
@@ -121,42 +122,58 @@ class Scored:
         )
 
 
-def templates(
-    emb: NDArray, flip: NDArray | None, how: Flip, template: NDArray[np.integer], count: int
-) -> tuple[Floats, Flags]:
+def templates(blocks: Iterable[Block], how: Flip, count: int) -> tuple[Floats, Flags]:
     """Unit vectors of templates: the normalised mean of their frames' unit vectors; a still is a template of one frame.
 
     Args:
-        emb: N×D features of the frames, of any scale.
-        flip: N×D features of their mirror images; None where there are none.
-        how: what becomes of `flip`.
-        template: N, which template a frame belongs to; -1 for none.
+        blocks: features of the frames, of any scale.
+        how: what becomes of those of mirror images.
         count: T, how many templates there are.
 
     Returns:
         T×D vectors (T×2D, concatenated), and T flags: there is a frame; zero where not.
 
     Raises:
+        EvaluationError: features are not finite numbers, or all zero; there are none of mirror images to use; or there
+            is not one frame.
+    """
+    sums: Floats | None = None
+    usable = np.zeros(count, np.bool_)
+    for block in blocks:
+        for start in range(0, len(block.template), _BLOCK):
+            some = slice(start, start + _BLOCK)
+            vectors = unit(block.emb[some], None if block.flip is None else block.flip[some], how)
+            if sums is None:
+                sums = np.zeros((count, vectors.shape[1]))
+            np.add.at(sums, block.template[some], vectors)
+            usable[block.template[some]] = True
+    if sums is None:
+        raise EvaluationError("not one image of the pairs can be used")
+    return _normalised(sums), usable
+
+
+def unit(emb: NDArray, flip: NDArray | None, how: Flip) -> Floats:
+    """Unit vectors of faces: N×D, or N×2D where both features are concatenated (CosFace, section 4.1).
+
+    Args:
+        emb: N×D features, of any scale.
+        flip: N×D, of the mirror images; None where there are none.
+        how: what becomes of those.
+
+    Raises:
         EvaluationError: features are not finite numbers, or all zero; or there is no `flip` to use.
     """
-    if flip is None and how != "none":
-        raise EvaluationError(f"flip: {how} needs embeddings of the mirror images, and there are none")
-    used = np.flatnonzero(template >= 0)
-    sums = np.zeros((count, emb.shape[1] * (2 if how == "concatenate" else 1)))
-    for start in range(0, len(used), _BLOCK):
-        rows = used[start : start + _BLOCK]
-        features = emb[rows].astype(np.float64)
-        if flip is not None and how != "none":
-            mirrored = flip[rows].astype(np.float64)
-            features = np.hstack([features, mirrored]) if how == "concatenate" else features + mirrored
-        length = np.linalg.norm(features, axis=1, keepdims=True)
-        bad = np.flatnonzero(~(np.isfinite(length) & (length > 0)))
-        if len(bad):
-            raise EvaluationError(f"embeddings without a direction (not finite, or all zero), as of row {rows[bad[0]]}")
-        np.add.at(sums, template[rows], features / length)
-    usable = np.zeros(count, np.bool_)
-    usable[template[used]] = True
-    return _normalised(sums), usable
+    features = emb.astype(np.float64)
+    if how != "none":
+        if flip is None:
+            raise EvaluationError(f"flip: {how} needs embeddings of the mirror images, and there are none")
+        mirrored = flip.astype(np.float64)
+        features = np.hstack([features, mirrored]) if how == "concatenate" else features + mirrored
+    length = np.linalg.norm(features, axis=1, keepdims=True)
+    bad = np.flatnonzero(~(np.isfinite(length) & (length > 0)))
+    if len(bad):
+        raise EvaluationError(f"{len(bad)} embeddings without a direction: not finite numbers, or all zero")
+    return features / length
 
 
 def score(
@@ -195,7 +212,11 @@ def score(
 
 
 def summary(
-    metrics: Metrics, intervals: uncertainty.Intervals, options: Options, undetected: int | None
+    metrics: Metrics,
+    intervals: uncertainty.Intervals,
+    options: Options,
+    undetected: int | None,
+    leaked: int | None = None,
 ) -> dict[str, Any]:
     """What metrics.json holds.
 
@@ -204,6 +225,7 @@ def summary(
         intervals: of the same pairs.
         options: how their scores came about.
         undetected: pairs that touch an image or video without a detected face; None where that is not known.
+        leaked: people who are in the training set, too; None where that is not known.
     """
     return {
         "accuracy": rounded(metrics.accuracy),
@@ -217,6 +239,7 @@ def summary(
         "intervals": {
             name: bounds and [rounded(bounds[0]), rounded(bounds[1])] for name, bounds in intervals.bounds.items()
         },
+        "leaked_identities": leaked,
         "pairs": metrics.pairs,
         "tar_at_far": {far: tar if tar is None else rounded(tar) for far, tar in metrics.tar_at_far.items()},
         "threshold": rounded(metrics.threshold),

@@ -15,9 +15,10 @@ from pipeline.executor import choose_device
 from pipeline.params import Params
 from pipeline.tracking import MODEL_TAG
 from stages.align.decode import decode
-from stages.evaluate import SCORES
+from stages.evaluate.features import embed
 from stages.evaluate.models import Embedder
-from stages.evaluate.photographs import align_files, features
+from stages.evaluate.photographs import align_files
+from stages.evaluate.scoring import SCORES
 from stages.evaluate.verification import EvaluationError
 from stages.train.faces import middle
 
@@ -131,7 +132,7 @@ def verify(left: Path, right: Path, model: Embedder, params: Params, threshold: 
             score=None, threshold=None if isinstance(threshold, str) else threshold, same=None, reason=reason
         )
     faces = np.stack([middle(decode(row["image"]), model.width) for row in rows])
-    both = features(model, faces).astype(np.float64)
+    both = embed(model, faces).astype(np.float64)
     vectors = both.reshape(2, -1) if params.evaluate.flip else both[:, 0]
     score = float(np.prod(np.linalg.norm(vectors, axis=1)) ** -1 * (vectors[0] @ vectors[1]))
     if isinstance(threshold, str):

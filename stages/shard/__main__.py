@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.entry import stage
-from pipeline.params import Params
+from pipeline.params import PAIRED, Params
 from stages.shard import run
 
 ALIGNED = Path("data/aligned")
@@ -11,7 +11,7 @@ ALIGNED = Path("data/aligned")
 
 def main(params: Params) -> None:
     """Shard the aligned training set."""
-    evaluation = {name: ALIGNED / name for name in ("lfw", "ytf")}
+    evaluation = {name: ALIGNED / name for name in (*PAIRED, "probes")}
     out, report = Path("data/shards"), Path("reports/shard")
     run(ALIGNED / "train", evaluation, out, report, params.shard, params.align.face, params.machine)
 

@@ -1,0 +1,178 @@
+"""`python -m stages.evaluate.extra`: each NAME.bin and NAME.csv of `evaluate.extra` → reports/extra/NAME.
+
+A .bin is a set of the InsightFace zoo (lfw, cfp_fp, agedb_30, calfw, cplfw): aligned faces, two and two a pair, in ten
+folds. A .csv is pairs of one's own photographs (`left`, `right`, `same`, perhaps `fold`), named by paths from where it
+lies; they are aligned as those of the other sets are.
+"""
+
+import logging
+import pickle
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.entry import stage
+from pipeline.executor import choose_device, keep_memory
+from pipeline.params import Evaluate, Params
+from pipeline.tracking import NoRun, training_run_of
+from stages.align.decode import UnreadableImage, decode
+from stages.evaluate import measure, scoring
+from stages.evaluate.features import Block, embed
+from stages.evaluate.foreign import read_csv
+from stages.evaluate.models import Embedder, load_embedder
+from stages.evaluate.photographs import align_files
+from stages.evaluate.scoring import Options, Scored
+from stages.evaluate.verification import EvaluationError
+from stages.train.faces import FaceError, middle
+
+log = logging.getLogger(__name__)
+
+FOLDS = 10
+"""Of a .bin: equal parts, in order."""
+
+
+def run(folder: Path, model: Embedder, out: Path, params: Params, tracker: NoRun) -> None:
+    """Evaluate a model on every set of a folder, each as `stages.evaluate.run` does.
+
+    Args:
+        folder: of NAME.bin and NAME.csv; other files are passed over.
+        model: any model.
+        out: folder of the results; made anew.
+        params: sections align, evaluate and machine.
+        tracker: the MLflow run of the model's training, or a `NoRun`.
+
+    Raises:
+        EvaluationError: a file is not what it should be; the message names it.
+    """
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".bin", ".csv"))
+    names = [path.stem for path in files]
+    if len(set(names)) < len(names):
+        raise EvaluationError(f"{folder}: two sets of one name among {', '.join(path.name for path in files)}")
+    out.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        scored, undetected = (_bin if path.suffix == ".bin" else _csv)(path, model, params)
+        options = Options(params.evaluate.flip, params.evaluate.centre)
+        measure(scored, options, out / path.stem, params.evaluate, tracker, path.stem, undetected)
+    if not files:
+        log.info("%s: no sets there", folder)
+
+
+def read_bin(path: Path) -> tuple[list[bytes], list[bool]]:
+    """The encoded images of a .bin, two for each pair, and which pairs show one person.
+
+    A pickle that holds anything but lists, tuples, strings, numbers and truth values is refused unread.
+
+    Raises:
+        EvaluationError: it is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            content = _Plain(file, encoding="bytes").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"{path}: not a .bin of images and pairs: {error}") from error
+    if not (isinstance(content, tuple | list) and len(content) == 2 and all(isinstance(c, list) for c in content)):
+        raise EvaluationError(f"{path}: holds no list of images beside a list of pairs")
+    images, same = content
+    if not all(isinstance(image, bytes) for image in images) or not all(truth in (True, False) for truth in same):
+        raise EvaluationError(f"{path}: expected encoded images and truth values")
+    if len(images) != 2 * len(same) or not same:
+        raise EvaluationError(f"{path}: {len(images)} images for {len(same)} pairs, which need two each")
+    return images, [bool(truth) for truth in same]
+
+
+class _Plain(pickle.Unpickler):
+    """Of plain values alone: nothing is imported, nothing called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+            return _latin
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which such a file has no need of")
+
+
+def _latin(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _bin(path: Path, model: Embedder, params: Params) -> tuple[Scored, None]:
+    images, same = read_bin(path)
+
+    def faces() -> Iterator[NDArray[np.uint8]]:
+        for number, image in enumerate(images):
+            try:
+                yield middle(decode(image), model.width)
+            except (UnreadableImage, FaceError) as error:
+                raise EvaluationError(f"{path}: image {number}: {error}") from error
+
+    found = _features(faces(), model, params.evaluate)
+    place = np.arange(len(images))
+    left, right = ([f"{number}" for number in place[side::2]] for side in (0, 1))
+    fold = (np.arange(len(same)) * FOLDS // len(same)).astype(np.int32)
+    block = Block(found[:, 0], found[:, 1], place)
+    scored = _score(block, place[::2], place[1::2], fold, len(images), params.evaluate)
+    return Scored(left, right, np.array(same), fold, scored), None
+
+
+def _csv(path: Path, model: Embedder, params: Params) -> tuple[Scored, int]:
+    pairs = read_csv(path)
+    left, right = [pair.left for pair in pairs], [pair.right for pair in pairs]
+    number = {name: i for i, name in enumerate(dict.fromkeys([*left, *right]))}
+    absent = [name for name in number if not (path.parent / name).is_file()]
+    if absent:
+        raise EvaluationError(f"{path}: {len(absent)} photographs are not there, as {path.parent / absent[0]}")
+    device = choose_device(params.machine.device).type
+    rows = align_files([path.parent / name for name in number], params.align, fallback=True, device=device)
+    template: list[int] = []
+    detected = np.zeros(len(number), bool)
+
+    def faces() -> Iterator[NDArray[np.uint8]]:
+        for i, row in enumerate(rows):
+            detected[i] = row["status"] == "detected"
+            if row.get("image") is not None:
+                template.append(i)
+                yield middle(decode(row["image"]), model.width)
+
+    found = _features(faces(), model, params.evaluate)
+    one, other = (np.array([number[name] for name in side]) for side in (left, right))
+    fold = np.array([pair.fold for pair in pairs], np.int32)
+    block = Block(found[:, 0], found[:, 1], np.array(template, np.int64))
+    scores = _score(block, one, other, fold, len(number), params.evaluate)
+    scored = Scored(left, right, np.array([pair.same for pair in pairs]), fold, scores)
+    return scored, int((~(detected[one] & detected[other])).sum())
+
+
+def _features(faces: Iterator[NDArray[np.uint8]], model: Embedder, params: Evaluate) -> NDArray[np.float32]:
+    found = [np.empty((0, 2, model.length), np.float32)]
+    while some := list(islice(faces, params.batch)):
+        found.append(embed(model, np.stack(some)))
+    return np.concatenate(found)
+
+
+def _score(
+    block: Block,
+    left: NDArray[np.intp],
+    right: NDArray[np.intp],
+    fold: NDArray[np.int32],
+    count: int,
+    params: Evaluate,
+) -> NDArray[np.float32]:
+    vectors, usable = scoring.templates([block], params.flip, count)
+    return scoring.score(vectors, usable, left, right, fold, params.centre)
+
+
+def main(params: Params) -> None:
+    """Evaluate the model of this folder on what people have put into evaluate.extra."""
+    keep_memory()
+    models = Path("models")
+    model = load_embedder(models, choose_device(params.machine.device))
+    with training_run_of(models, params) as tracker:
+        run(Path(params.evaluate.extra), model, Path("reports/extra"), params, tracker)
+
+
+if __name__ == "__main__":
+    stage(main)
