@@ -271,3 +271,21 @@ def test_training_outlives_its_tracking_server(
     run.close("FINISHED")
     for what in ("colour", "metrics", "the end of the run"):
         assert f"did not record {what}: " in caplog.text
+
+
+def test_what_an_evaluation_left_is_had_back(project: Path, tracked: Params, tmp_path: Path) -> None:
+    with training_run(tracked, lineage={}) as run:
+        for name in ("lfw", "ytf"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "scores.parquet").write_text(name)
+            run.log_artifact(tmp_path / name / "scores.parquet", name)
+        (tmp_path / "index.html").write_text("")
+        run.log_artifact(tmp_path / "index.html", "report")
+    assert run.id is not None
+    folder = tracking.download(run.id, "scores.parquet", tmp_path / "back", tracked)
+    found = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.*")}
+    assert found == {"lfw/scores.parquet": "lfw", "ytf/scores.parquet": "ytf"}
+    with pytest.raises(TrackingError, match=f"{run.id} has recorded no roc"):
+        tracking.download(run.id, "roc.csv", folder, tracked)
+    with pytest.raises(TrackingError, match="nobody"):
+        tracking.download("nobody", "roc.csv", folder, tracked)
