@@ -273,17 +273,11 @@ def compare(
     import tempfile
 
     from pipeline.params import load_params
-    from pipeline.tracking import download
     from stages.evaluate import comparison, scoring
 
     loaded = load_params()
     with tempfile.TemporaryDirectory() as folder:
-        one, other = (
-            comparison.stored_scores(
-                Path(run) if Path(run).exists() else download(run, comparison.FILE, Path(folder) / side, loaded)
-            )
-            for side, run in (("a", a), ("b", b))
-        )
+        one, other = (comparison.scores_of(run, Path(folder) / side, loaded) for side, run in (("a", a), ("b", b)))
         found = comparison.compare_runs(one, other, loaded.evaluate.fars)
     if as_json:
         print(scoring.as_json({name: comparison.summary(name, each) for name, each in found.items()}))

@@ -286,14 +286,16 @@ def download(run_id: str, name: str, folder: Path, params: Params) -> Path:
         ]
         if not found:
             raise TrackingError(f"run {run_id} has recorded no {name}")
-        folder.mkdir(parents=True, exist_ok=True)
         for path in found:
-            client.download_artifacts(run_id, path, str(folder))
+            target = folder / Path(path).parent
+            target.mkdir(parents=True, exist_ok=True)
+            client.download_artifacts(run_id, path, str(target))
     return folder
 
 
 def _client(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # 7 would stop the training loop for minutes
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow

@@ -1,16 +1,38 @@
 """`cosface compare`: two runs on the same pairs, from their stored scores."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline.params import Params
+from pipeline.tracking import download
 from stages.evaluate.scoring import Scored, rounded
 from stages.evaluate.uncertainty import Comparison, compare
 from stages.evaluate.verification import EvaluationError
 
 FILE = "scores.parquet"
+
+
+def scores_of(run: str, folder: Path, params: Params) -> dict[str, Path]:
+    """The stored scores of a run, by protocol.
+
+    Args:
+        run: what `stored_scores` reads, or a run's id in MLflow.
+        folder: where to copy what MLflow has.
+        params: for the store's experiment.
+
+    Raises:
+        EvaluationError: it is neither, or has no scores.
+        TrackingError: the store does not answer, or does not know the run.
+    """
+    if Path(run).exists():
+        return stored_scores(Path(run))
+    if not re.fullmatch(r"[0-9a-f]{32}", run):
+        raise EvaluationError(f"{run}: no such folder or file, and no run's id in MLflow, which has 32 hex digits")
+    return stored_scores(download(run, FILE, folder, params))
 
 
 def stored_scores(path: Path) -> dict[str, Path]:

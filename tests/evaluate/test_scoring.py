@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline import cli
 from pipeline.cli import RECIPES
+from pipeline.params import Params
 from stages.evaluate import comparison, foreign, scoring
 from stages.evaluate.scoring import Options, Scored
 from stages.evaluate.verification import EvaluationError, best_threshold
@@ -277,6 +278,11 @@ def test_cosface_compare(
     assert said.splitlines()[0] == found["verdict"]
     assert "LFW" in said
     assert "12 different pairs" in said
+
+
+def test_what_is_no_run(tmp_path: Path, params: Params) -> None:
+    with pytest.raises(EvaluationError, match=r"reprots/lfw: no such folder or file, and no run's id"):
+        comparison.scores_of("reprots/lfw", tmp_path, params)
 
 
 def test_pairs_that_are_not_the_same(runs: tuple[Path, Path, Scored], tmp_path: Path) -> None:
