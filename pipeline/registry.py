@@ -94,10 +94,12 @@ def _fetched(address: str, folder: Path) -> Located:
     wanted = [f"models/{file}" for file in ("backbone.safetensors", "model.json")]
     if not there.issuperset(wanted):
         raise TrackingError(f"{name}: its run has not kept {' and '.join(wanted)}; take a run that ended well")
-    for file in (*wanted, SCORES):
-        if file in there:
-            client.download_artifacts(run_id, file, str(folder))
-    return Located(folder / "models", name, folder / SCORES if SCORES in there else None)
+
+    def fetch(file: str) -> Path:  # where to, depends on the kind of store
+        return Path(client.download_artifacts(run_id, file, str(folder)))
+
+    models = {fetch(file).parent for file in wanted}.pop()
+    return Located(models, name, fetch(SCORES) if SCORES in there else None)
 
 
 def _run_of(client: "MlflowClient", address: str) -> tuple[str, str]:

@@ -16,7 +16,6 @@ from pipeline.tracking import MODEL_TAG, model_digest
 from stages.train.faces import HEIGHT
 from stages.train.model import ModelError, load_model
 
-KINDS = "a folder such as models, or an ONNX file written by `cosface export`"
 _WIDTHS = (112, 96)
 
 
@@ -60,7 +59,10 @@ def load_embedder(path: Path, device: torch.device, name: str | None = None) -> 
     elif path.suffix == ".onnx" and path.is_file():
         width, digest, features = _onnx(path, device)
     else:
-        raise ModelError(f"{path}: {'neither' if path.exists() else 'no such model; needs'} {KINDS}")
+        problem = "not a model" if path.exists() else "no such model"
+        raise ModelError(
+            f"{path}: {problem}: needs a folder such as models, or an ONNX file that `cosface export` wrote"
+        )
     with torch.inference_mode():
         length = features(torch.zeros(1, 3, HEIGHT, width, dtype=torch.uint8)).shape[1]
     return Embedder(name or str(path), digest, width, length, features)

@@ -193,6 +193,60 @@ def test_evaluation_and_promotion_find_the_training_s_run(project: Path, tracked
         np.testing.assert_allclose(served(images), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_is_found_by_every_address(project: Path, tracked: Params, models: Path) -> None:
+    """With its weights, and with its scores once it has been evaluated; nothing is left behind."""
+    with training_run(tracked, lineage={}) as run:
+        run.log_model(models)
+    _, version = registry.promote(str(run.id), tracked)
+    (output,) = MlflowClient(tracking.store_uri()).get_run(str(run.id)).outputs.model_outputs
+    for address in ("models:/cosface@champion", f"models:/cosface/{version}", f"models:/{output.model_id}"):
+        with registry.located(address, tracked) as found:
+            assert (found.path / "backbone.safetensors").read_bytes() == (models / "backbone.safetensors").read_bytes()
+            assert (found.path / "model.json").exists()
+            assert address in found.name
+            assert str(run.id) in found.name
+            assert found.scores is None
+        assert not found.path.exists()
+
+    (models / "scores.parquet").write_bytes(b"of the evaluation")
+    run.log_artifact(models / "scores.parquet", "lfw")
+    for address in (None, f"runs:/{run.id}"):
+        with registry.located(address, tracked) as found:
+            assert found.scores is not None
+            assert found.scores.read_bytes() == b"of the evaluation"
+            assert (found.path / "model.json").exists()
+
+
+def test_an_address_that_leads_nowhere_is_named(project: Path, tracked: Params) -> None:
+    with training_run(tracked, lineage={}) as run:
+        pass
+    for address, problem in (
+        (f"runs:/{run.id}", rf"run {run.id}\): its run has not kept models/backbone.safetensors"),
+        ("runs:/nosuch", "Run with id=nosuch not found"),
+        ("models:/nosuch@champion", "name=nosuch not found"),
+        ("models:/m-nosuch", "'m-nosuch' not found"),
+        ("models:/cosface", "models:/cosface: not an address of a model"),
+    ):
+        with pytest.raises(TrackingError, match=problem), registry.located(address, tracked):
+            pass
+
+
+def test_without_a_champion_the_folder_counts(tracked: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for address, path in ((None, "models"), ("elsewhere/model.onnx", "elsewhere/model.onnx")):
+        with registry.located(address, tracked) as found:
+            assert (found.path, found.name, found.scores) == (Path(path), path, None)
+    with (
+        pytest.raises(
+            TrackingError, match=r"models:/cosface@champion: there is no MLflow store sqlite:///.*mlflow\.db"
+        ),
+        registry.located("models:/cosface@champion", tracked),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []  # looking makes no store
+
+
 def test_a_model_without_a_run_gets_one_for_its_evaluation(project: Path, tracked: Params, models: Path) -> None:
     for accuracy in (0.8, 0.9):
         with training_run_of(models, tracked) as run:
