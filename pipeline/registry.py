@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.params import Params
-from pipeline.tracking import TrackingError, connect, newest_run, store_client, store_errors, store_exists, store_uri
+from pipeline.tracking import (
+    TrackingError,
+    connect,
+    fetch,
+    newest_run,
+    store_client,
+    store_errors,
+    store_exists,
+    store_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -94,12 +103,9 @@ def _fetched(address: str, folder: Path) -> Located:
     wanted = [f"models/{file}" for file in ("backbone.safetensors", "model.json")]
     if not there.issuperset(wanted):
         raise TrackingError(f"{name}: its run has not kept {' and '.join(wanted)}; take a run that ended well")
-
-    def fetch(file: str) -> Path:  # where to, depends on the kind of store
-        return Path(client.download_artifacts(run_id, file, str(folder)))
-
-    models = {fetch(file).parent for file in wanted}.pop()
-    return Located(models, name, fetch(SCORES) if SCORES in there else None)
+    for file in wanted:
+        fetch(client, run_id, file, folder)
+    return Located(folder / "models", name, fetch(client, run_id, SCORES, folder) if SCORES in there else None)
 
 
 def _run_of(client: "MlflowClient", address: str) -> tuple[str, str]:

@@ -287,10 +287,19 @@ def download(run_id: str, name: str, folder: Path, params: Params) -> Path:
         if not found:
             raise TrackingError(f"run {run_id} has recorded no {name}")
         for path in found:
-            target = folder / Path(path).parent
-            target.mkdir(parents=True, exist_ok=True)
-            client.download_artifacts(run_id, path, str(target))
+            fetch(client, run_id, path, folder)
     return folder
+
+
+def fetch(client: "MlflowClient", run_id: str, path: str, folder: Path) -> Path:
+    """Copy an artifact of a run to `folder/path`, which it returns.
+
+    (MLflow itself keeps the path below the folder for some kinds of stores, for others the file's name alone.)
+    """
+    target = folder / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as own:
+        return Path(client.download_artifacts(run_id, path, own)).replace(target)
 
 
 def _client(uri: str) -> "MlflowClient":

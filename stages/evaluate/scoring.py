@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import tables
+from pipeline.tracking import MODEL_TAG
 from stages.evaluate import uncertainty
 from stages.evaluate.features import Block
 from stages.evaluate.verification import EvaluationError, Flags, Floats, Metrics, Verification
@@ -94,14 +95,14 @@ class Scored:
             self.scores[..., order],
         )
 
-    def write(self, path: Path) -> None:
-        """As a table by `SCORES`, with `BY_FOLD` where the scores are centred."""
+    def write(self, path: Path, model: str | None = None) -> None:
+        """As a table by `SCORES`, with `BY_FOLD` where the scores are centred; `model` is the digest of their model."""
         columns = {"fold": self.fold, "left": self.left, "right": self.right, "score": self.own, "same": self.same}
         table, schema = pa.table(columns).cast(SCORES), SCORES
         if self.scores.ndim == 2:
             schema = SCORES.append(BY_FOLD)
             table = table.append_column(BY_FOLD, pa.array(list(self.scores.T), BY_FOLD.type))
-        tables.write_table(path, table, schema)
+        tables.write_table(path, table, schema, metadata={MODEL_TAG: model} if model else None)
 
     @classmethod
     def read(cls, path: Path) -> "Scored":

@@ -199,7 +199,30 @@ def best_threshold(score: Floats, same: Flags, weight: Counts | None = None) -> 
     change = (1 - 2 * same.astype(np.int64)) * (1 if weight is None else weight)
     right = np.append(0, np.cumsum(change)[last])
     best = np.flatnonzero(right == right.max())
-    cut = best[(len(best) - 1) // 2]
+    return _threshold(distinct, int(best[(len(best) - 1) // 2]))
+
+
+def threshold_at(far: float, score: Floats, same: Flags) -> float | None:
+    """The threshold at which TAR@FAR is measured: the lowest that accepts no more than `far` of the different pairs.
+
+    Args:
+        far: above 0 and below 1.
+        score: N scores in any order.
+        same: N truths.
+
+    Returns:
+        The middle between two pairs' scores; None where the different pairs are too few to resolve `far`.
+    """
+    different = np.sort(score[~same])[::-1]
+    allowed = _allowed(far, len(different))
+    if allowed < 1:
+        return None
+    distinct = np.unique(score)
+    return _threshold(distinct, int(np.searchsorted(distinct, different[allowed], side="right")))
+
+
+def _threshold(distinct: Floats, cut: int) -> float:
+    """What cuts distinct scores, in increasing order, in two: below are `cut` of them."""
     if cut == 0:
         return float(distinct[0])
     if cut == len(distinct):

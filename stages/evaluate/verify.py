@@ -1,16 +1,13 @@
 """Two photographs: do they show the same person?"""
 
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from pipeline import tables
 from pipeline.executor import choose_device
 from pipeline.params import Params
 from pipeline.tracking import MODEL_TAG
@@ -18,8 +15,8 @@ from stages.align.decode import decode
 from stages.evaluate.features import embed
 from stages.evaluate.models import Embedder
 from stages.evaluate.photographs import align_files
-from stages.evaluate.scoring import SCORES
-from stages.evaluate.verification import EvaluationError
+from stages.evaluate.scoring import Scored, unit
+from stages.evaluate.verification import EvaluationError, threshold_at
 from stages.train.faces import middle
 
 LOCAL = Path("reports/lfw/scores.parquet")
@@ -132,9 +129,9 @@ def verify(left: Path, right: Path, model: Embedder, params: Params, threshold: 
             score=None, threshold=None if isinstance(threshold, str) else threshold, same=None, reason=reason
         )
     faces = np.stack([middle(decode(row["image"]), model.width) for row in rows])
-    both = embed(model, faces).astype(np.float64)
-    vectors = both.reshape(2, -1) if params.evaluate.flip else both[:, 0]
-    score = float(np.prod(np.linalg.norm(vectors, axis=1)) ** -1 * (vectors[0] @ vectors[1]))
+    both = embed(model, faces)
+    vectors = unit(both[:, 0], both[:, 1], params.evaluate.flip)
+    score = float(vectors[0] @ vectors[1])
     if isinstance(threshold, str):
         return verdict(score=score, threshold=None, same=None, reason=threshold)
     return verdict(score=score, threshold=threshold, same=score >= threshold.value, reason=None)
@@ -150,55 +147,28 @@ def find_threshold(model: Embedder, far: float, given: Path | None, recorded: Pa
         recorded: one that the model's run in MLflow has kept; without either, that of reports/lfw counts.
 
     Raises:
-        EvaluationError: the user's scores are of another model, or have no pairs of different people.
+        EvaluationError: the user's scores are of another model.
         TableError: they are absent or no scores.
     """
     path = given or recorded or LOCAL
     if path == LOCAL and not path.exists():
         return f"no threshold: {path} is not there; `dvc repro` makes it, or --scores names another"
-    table = tables.read_table(path, SCORES, ["score", "same"])
+    scored = Scored.read(path)
     made = (pq.read_metadata(path).metadata or {}).get(MODEL_TAG.encode(), b"unknown").decode()
     if made != model.digest:
         problem = f"{path} has the scores of another model ({made[:12]}) than {model.name} ({model.digest[:12]})"
         if given:
             raise EvaluationError(problem)
-        return f"no threshold: {problem}; `dvc repro` or `cosface evaluate` makes its own"
-    source = "lfw, as its run in MLflow has kept them" if path == recorded else str(path)
-    return threshold_at(table["score"].to_numpy().astype(np.float64), table["same"].to_numpy(), far, source)
-
-
-def threshold_at(score: NDArray[np.float64], same: NDArray[np.bool_], far: float, source: str) -> Threshold | str:
-    """The threshold at a false accept rate by N scores and N truths, or why there is none.
-
-    As TAR@FAR is measured: of the thresholds that accept no more than `far` of the different pairs, the lowest; it lies
-    in the middle between the scores of two pairs.
-
-    Args:
-        far: above 0 and below 1.
-        source: whose scores they are, for people.
-
-    Raises:
-        EvaluationError: there are no pairs of different people.
-    """
-    different = np.sort(score[~same])[::-1]
-    if not len(different):
-        raise EvaluationError(f"{source}: no pairs of different people to choose a threshold by")
-    allowed = int(Fraction(str(far)) * len(different))
-    if allowed < 1:
-        return (
-            f"{source} has {len(different):,} pairs of different people, too few for a threshold at FAR {far:g}; "
-            f"the least is {1 / len(different):.2g}"
-        )
-    barred = different[allowed] if allowed < len(different) else -np.inf
-    distinct = np.unique(score)
-    above = int(np.searchsorted(distinct, barred, side="right"))
-    if above == 0:
-        value = distinct[0]
-    elif above == len(distinct):
-        value = np.nextafter(distinct[-1], np.inf)
-    else:
-        value = distinct[above - 1] + (distinct[above] - distinct[above - 1]) / 2
-    return Threshold(float(value), int((different >= value).sum()), len(different), source)
+        return f"no threshold: {problem}; `dvc repro` makes its own, --scores names others"
+    source = "lfw, as its run in MLflow has kept it" if path == recorded else str(path)
+    if scored.scores.ndim == 2:
+        return f"no threshold: the scores of {source} are centred by fold, which two photographs cannot be"
+    score, different = scored.scores.astype(np.float64), int(np.count_nonzero(~scored.same))
+    value = threshold_at(far, score, scored.same)
+    if value is None:
+        least = f"the least is {1 / max(1, different):.2g}"
+        return f"no threshold: {source} has {different:,} pairs of different people, too few for FAR {far:g}; {least}"
+    return Threshold(value, int(np.count_nonzero(score[~scored.same] >= value)), different, source)
 
 
 def _side(path: str, row: dict[str, Any]) -> Side:

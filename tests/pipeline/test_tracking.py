@@ -217,6 +217,16 @@ def test_a_model_is_found_by_every_address(project: Path, tracked: Params, model
             assert (found.path / "model.json").exists()
 
 
+def test_artifacts_of_one_name_are_kept_apart(project: Path, tracked: Params, tmp_path: Path) -> None:
+    with training_run(tracked, lineage={}) as run:
+        for name in ("lfw", "ytf"):
+            (tmp_path / "scores.parquet").write_text(name)
+            run.log_artifact(tmp_path / "scores.parquet", name)
+    folder = tracking.download(str(run.id), "scores.parquet", tmp_path / "fetched", tracked)
+    files = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert files == {"lfw/scores.parquet": "lfw", "ytf/scores.parquet": "ytf"}
+
+
 def test_an_address_that_leads_nowhere_is_named(project: Path, tracked: Params) -> None:
     with training_run(tracked, lineage={}) as run:
         pass
