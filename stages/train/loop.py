@@ -10,15 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import InputError
 from pipeline.params import Machine, Train
@@ -28,7 +26,7 @@ from stages.train.heads import Head, build_head
 from stages.train.loader import Loader
 from stages.train.meter import Meter, Speed
 from stages.train.model import FaceModel, build_model
-from stages.train.ranks import ALONE, Ranks, agreed, gathered, same_buffers, summed
+from stages.train.ranks import ALONE, Ranks, agreed, gathered, made_alike, sum_together, summed
 from stages.train.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -87,8 +85,6 @@ class Training:
     broken: Tensor
     """(2,) the first iteration, counted from 1, whose loss or gradient was not finite, and its gradient norm."""
     ranks: Ranks = ALONE
-    together: DistributedDataParallel | None = None
-    """The model, with gradients averaged over ranks; None for one alone."""
     history: list[Row] = field(default_factory=list)
     run_id: str | None = None
     """Of the MLflow run, so that a resumed training goes on in the same one."""
@@ -148,8 +144,7 @@ class Training:
 
     @contextmanager
     def judging(self) -> Iterator[None]:
-        """In evaluation mode for a while, all ranks with the same model."""
-        same_buffers(self.model, self.ranks)
+        """In evaluation mode for a while."""
         self.model.eval()
         self.head.eval()
         yield
@@ -176,11 +171,9 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
     if params.compile:
         model.backbone.compile(fullgraph=True)
     head = build_head(params.head, classes, params.backbone.embedding)
-    together = None
     if ranks.size > 1:
         head.divide(ranks)
-        places = [device.index] if device.index is not None else None
-        together = DistributedDataParallel(model, device_ids=places, gradient_as_bucket_view=True)
+        made_alike(model, ranks)
         torch.manual_seed(_seed(params.seed, ranks.rank))  # or dropout would be the same on all
     head.to(device)
     sgd = params.optimizer
@@ -195,10 +188,9 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
         # Fused SGD allocates what it is to fill in its first step, and leaves it unfilled where fp16 skips that step.
         for parameter in optimizer.param_groups[0]["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    scaler_of = torch.amp.GradScaler if ranks.size == 1 else ShardedGradScaler
-    scaler = scaler_of(device.type, enabled=params.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=params.precision == "fp16")
     sums, broken = (torch.zeros(size, dtype=torch.float64, device=device) for size in (len(_SUMS), 2))
-    return Training(model.train(), head.train(), optimizer, scaler, sums, broken, ranks, together)
+    return Training(model.train(), head.train(), optimizer, scaler, sums, broken, ranks)
 
 
 def _seed(*of: int) -> int:
@@ -302,16 +294,16 @@ def step(training: Training, params: Train, iteration: int, images: Tensor, labe
 def _learn(training: Training, params: Train, iteration: int, images: Tensor, labels: Tensor) -> None:
     parts = params.micro_batches
     losses, examples = [], 0
-    for i, (some, own) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
-        with _gathering(training, last=i == parts - 1):
-            with torch.autocast(images.device.type, _AUTOCAST.get(params.precision), params.precision in _AUTOCAST):
-                features = (training.together or training.model)(some)
-            judged = training.head(features, own)
-            training.scaler.scale(judged.loss / parts).backward()
+    for some, own in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+        with torch.autocast(images.device.type, _AUTOCAST.get(params.precision), params.precision in _AUTOCAST):
+            features = training.model(some)
+        judged = training.head(features, own)
+        training.scaler.scale(judged.loss / parts).backward()
         losses.append(judged.loss.detach())
         examples += len(judged.own)
         told = [judged.correct, judged.own, judged.nearest, judged.beyond, torch.ones_like(judged.own)]
         training.sums[1:6] += torch.stack([values.double().sum() for values in told])
+    _exchange(training)
     training.scaler.unscale_(training.optimizer)
     norm = _clip(training, params.optimizer.clip_norm)
     training.scaler.step(training.optimizer)
@@ -326,9 +318,25 @@ def _learn(training: Training, params: Train, iteration: int, images: Tensor, la
     training.broken = torch.where(first, torch.stack([norm.new_tensor(iteration + 1), norm]).double(), training.broken)
 
 
-def _gathering(training: Training, *, last: bool) -> AbstractContextManager[None]:
-    """While gradients add up: only with those of the last part do they pass between ranks."""
-    return nullcontext() if last or training.together is None else training.together.no_sync()
+@torch.no_grad()
+def _exchange(training: Training) -> None:
+    """Give each rank the sum of the backbone's gradients over ranks, and the mean of its running statistics.
+
+    At once, not in buckets while gradients are computed, as DistributedDataParallel has it: that cuts its buckets anew
+    after the first iteration, so that a resumed training would be rounded otherwise; and compiled code has all
+    gradients at the same moment anyway.
+    """
+    ranks = training.ranks
+    if ranks.size == 1:
+        return
+    gradients = [parameter.grad for parameter in training.model.parameters() if parameter.grad is not None]
+    statistics = [buffer for buffer in training.model.buffers() if buffer.is_floating_point()]
+    for each in statistics:
+        each.div_(ranks.size)
+    # Where a gradient of centres is not finite, on whichever rank, fp16 must leave the step out on all
+    assert training.head.weight.grad is not None
+    gradients[0].add_(0 * training.head.weight.grad.norm())
+    sum_together([*gradients, *statistics])
 
 
 @contextmanager

@@ -1,10 +1,9 @@
 """Processes that train together: ranks, and what passes between them.
 
 Each has its share of every batch, the whole backbone, and a slice of the class centres. A rank's backbone learns from
-its own images; gradients are averaged by DistributedDataParallel. Embeddings and labels of all ranks are gathered,
-each rank compares them with its own centres, and what that gives is combined, so that every rank has the loss of the
-whole batch (the model-parallel head of An et al., "Killing Two Birds with One Stone", CVPR 2022, arXiv 2203.15565,
-section 3).
+its own images, and gradients are summed over ranks. Embeddings and labels of all ranks are gathered, each rank compares
+them with its own centres, and what that gives is combined, so that every rank has the loss of the whole batch (the
+model-parallel head of An et al., "Killing Two Birds with One Stone", CVPR 2022, arXiv 2203.15565, section 3).
 
 With one process nothing here is called.
 """
@@ -115,11 +114,11 @@ def barrier(ranks: Ranks) -> None:
     agreed(ranks, 0)
 
 
-def same_buffers(module: nn.Module, ranks: Ranks) -> None:
-    """Give every rank the running statistics of the first."""
+def made_alike(module: nn.Module, ranks: Ranks) -> None:
+    """Give every rank the first one's values: other processors may draw and round otherwise."""
     if ranks.size > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
 
 
 def collected(rows: Tensor, ranks: Ranks) -> Tensor | None:
@@ -151,11 +150,18 @@ def summed(values: Tensor) -> Tensor:
     return out
 
 
+def sum_together(tensors: list[Tensor]) -> None:
+    """Put its sum over ranks in the place of each tensor; all go as one."""
+    passing = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(passing)
+    for tensor, total in zip(tensors, passing.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view(tensor.shape))
+
+
 def gathered_parts(embeddings: Tensor) -> Tensor:
     """Embeddings (n, D) of all ranks, (ranks · n, D), which each rank uses for another part of one loss.
 
-    So the gradient is the sum of what the ranks have; and it is multiplied by their number, as
-    DistributedDataParallel, which it goes to, takes means where the parts of one loss ask for sums.
+    So the gradient is the sum of what the ranks have.
     """
     return cast(Tensor, cast(Any, _GatheredParts).apply(embeddings))
 
@@ -169,15 +175,14 @@ class _GatheredParts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        own = gradient.new_empty(ctx.count, *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous())
-        return own.mul_(dist.get_world_size())
+        start = dist.get_rank() * ctx.count
+        return summed(gradient)[start : start + ctx.count]
 
 
 def gathered_copies(values: Tensor) -> Tensor:
     """Values (n,) of all ranks, (ranks · n,), which every rank uses in the same way.
 
-    So each has the whole gradient; it is multiplied as in `gathered_parts`.
+    So each has the whole gradient.
     """
     return cast(Tensor, cast(Any, _GatheredCopies).apply(values))
 
@@ -192,7 +197,7 @@ class _GatheredCopies(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         start = dist.get_rank() * ctx.count
-        return gradient[start : start + ctx.count] * dist.get_world_size()
+        return gradient[start : start + ctx.count]
 
 
 def log_sum(values: Tensor) -> Tensor:
