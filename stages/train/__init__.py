@@ -21,7 +21,7 @@ from stages.train.loader import Loader
 from stages.train.loop import Row, Training, begin, history_csv, train
 from stages.train.meter import Speed
 from stages.train.model import input_contract, save_model
-from stages.train.ranks import Ranks, barrier, collected, together
+from stages.train.ranks import Ranks, barrier, collected, take_gpu, together
 from stages.train.sheet import write_sheet
 from stages.train.validation import ByIdentity, ByImage
 
@@ -51,6 +51,7 @@ def run(models: Path, checkpoints_root: Path, params: Params) -> None:
         Interrupted: asked to end; a checkpoint is there.
     """
     keep_memory()
+    take_gpu(params.machine)
     with together(choose_device(params.machine.device)) as (ranks, device):
         if not ranks.first:
             logging.getLogger().setLevel(logging.ERROR)  # the first speaks for all

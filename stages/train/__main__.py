@@ -5,13 +5,18 @@ from pathlib import Path
 from pipeline.entry import stage
 from pipeline.params import Params
 from stages.train import run
-from stages.train.ranks import spread
+from stages.train.launch import launch, processes, started_by_torchrun, tell_launcher
 
 
 def main(params: Params) -> None:
     """Train by params.yaml, by as many processes as `machine.processes` says."""
-    spread(params.machine, "stages.train")
-    run(Path("models"), Path("checkpoints"), params)
+    arguments = (Path("models"), Path("checkpoints"), params)
+    if started_by_torchrun():
+        tell_launcher(run, *arguments)
+    elif (count := processes(params.machine)) > 1:
+        launch(count, "stages.train")
+    else:
+        run(*arguments)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ With one process nothing here is called.
 """
 
 import os
-import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError
 from pipeline.params import Machine
+from stages.train.launch import started_by_torchrun
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others before it gives up: a dead one must not hold the rest for ever."""
@@ -47,34 +49,22 @@ class Ranks:
 ALONE = Ranks()
 
 
-def started_by_torchrun() -> bool:
-    """Whether this process is one of those that torchrun started."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def take_gpu(machine: Machine) -> None:
+    """In one of several processes on this machine, see but its own GPU: no thread can then begin on another's.
 
-
-def processes(machine: Machine) -> int:
-    """How many processes a training on this machine has: `machine.processes`, or one for each GPU, or one.
+    Before anything else asks for GPUs.
 
     Raises:
-        InputError: there are not so many GPUs.
+        InputError: there are fewer GPUs than processes.
     """
-    gpus = torch.cuda.device_count() if machine.device != "cpu" else 0
-    wanted = machine.processes or max(gpus, 1)
-    if gpus and wanted > gpus:
-        raise InputError(f"machine.processes: {wanted}, but there are {gpus} GPUs, and each takes one")
-    return wanted
-
-
-def spread(machine: Machine, module: str) -> None:
-    """Have `python -m module` run by as many processes as the machine is to have, in place of this one.
-
-    Returns, having done nothing, where that is one, or where torchrun has started this process already.
-    """
-    count = processes(machine)
-    if count > 1 and not started_by_torchrun():
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", module]
-        sys.stderr.flush()
-        os.execv(sys.executable, [sys.executable, *command, *sys.argv[1:]])
+    if not started_by_torchrun() or machine.device == "cpu":
+        return
+    place, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if count and place >= count:
+        raise InputError(f"there are {count} GPUs on this machine, and more processes; each takes one")
+    if count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place] if visible else str(place)
 
 
 @contextmanager
@@ -82,19 +72,33 @@ def together(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the other ranks that torchrun has started, if it has; leave them in the end.
 
     Yields:
-        The ranks, and the device: of several GPUs, that of the local rank. GPUs talk by nccl, CPUs by gloo.
+        The ranks, and the device. GPUs talk by nccl, CPUs by gloo.
     """
     if not started_by_torchrun():
         yield ALONE, device
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    _end_with_parent()
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size()), device
-    finally:
+    except Exception:
+        raise  # the others may be gone, and leaving would wait for them
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """A rank must not go on when what started it was killed, and perhaps starts others in the same folder."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def agreed(ranks: Ranks, *flags: int) -> list[int]:
@@ -139,7 +143,7 @@ def collected(rows: Tensor, ranks: Ranks) -> Tensor | None:
 def gathered(values: Tensor) -> Tensor:
     """(n, …) of each rank as (ranks · n, …), in order of ranks, without gradient; n is the same for all."""
     out = values.new_empty(dist.get_world_size() * len(values), *values.shape[1:])
-    dist.all_gather_into_tensor(out, values.detach().contiguous())
+    dist.all_gather_single(out, values.detach().contiguous())
     return out
 
 
