@@ -53,8 +53,8 @@ AUTHORS_THRESHOLD = 0.6
 """Below this Euclidean distance dlib's authors call two faces the same person's."""
 
 TWO, PERHAPS, OTHER, HIDDEN = (
-    "two people: a wrong label",
-    "perhaps two people",
+    "to our eyes two people: a wrong label",
+    "to our eyes perhaps two people",
     "dlib's detector found only somebody else",
     "eyes or mouth are covered, by glasses, a hand or a microphone",
 )
@@ -230,14 +230,13 @@ def score(pairs: pa.Table, scores: Floats, fars: Sequence[float]) -> Scored:
 
 
 def summary(pairs: pa.Table, scored: Scored) -> dict[str, Any]:
-    metrics, same = scored.metrics, pairs["same"].to_numpy()
-    mistaken = pairs.filter(pa.array(~scored.right)).to_pylist()
+    metrics, mistaken = scored.metrics, pairs.filter(pa.array(~scored.right)).to_pylist()
     figures = ("accuracy", "accuracy_se", "accuracy_std", "threshold", "auc", "eer")
     return {name: round(getattr(metrics, name), 6) for name in figures} | {
         "tar_at_far": {far: tar if tar is None else round(tar, 6) for far, tar in metrics.tar_at_far.items()},
         "accuracy_by_fold": [round(accuracy, 6) for accuracy in metrics.fold_accuracy],
-        "wrong": {"same": int((~scored.right & same).sum()), "different": int((~scored.right & ~same).sum())}
-        | dict(Counter(seen for row in mistaken if (seen := SEEN.get((row["left"], row["right"]))))),
+        "wrong": dict(Counter("same" if row["same"] else "different" for row in mistaken)),
+        "seen_in_them": dict(Counter(seen for row in mistaken if (seen := SEEN.get((row["left"], row["right"]))))),
     }
 
 
@@ -272,11 +271,9 @@ def main() -> None:
     names = as_files(raw, work / "photographs")
 
     chips: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "dlib-68": lambda out: peer.do("align", names.parent, names, out, "68"),
-        "dlib-5": lambda out: peer.do("align", names.parent, names, out, "5"),
+        "dlib": lambda out: peer.do("align", names.parent, names, out),
         "ours": lambda out: our_chips(raw, aligned, out),
     }
-    jittered = {"dlib-68": options.jitters} if options.jitters else {}
     counts, variants = {}, {}
     for faces, make in chips.items():
         cut = work / "chips" / f"{faces}.npy"
@@ -287,8 +284,10 @@ def main() -> None:
             "none": int((found == 0).sum()),
         }
         variants[faces] = embedded(peer, cut, names, 0)
-        if jittered.get(faces):
-            variants[f"{faces}, {options.jitters} jitters"] = embedded(peer, cut, names, options.jitters)
+    if options.jitters:
+        variants[f"dlib, {options.jitters} jitters"] = embedded(
+            peer, work / "chips" / "dlib.npy", names, options.jitters
+        )
 
     pairs = tables.read_table(raw / "pairs.parquet", tables.PAIRS)
     result = {

@@ -1,7 +1,8 @@
 """dlib's side of benchmarks/published.py, which runs this in an environment of its own.
 
-`python published_peer.py align FOLDER NAMES OUT LANDMARKS` cuts faces as dlib's examples do (LANDMARKS 68 or 5);
-`python published_peer.py embed CHIPS NAMES OUT JITTERS FLIP` embeds faces already cut. Imports nothing of this project.
+`python published_peer.py align FOLDER NAMES OUT` cuts the faces of photographs as dlib's examples do; `python
+published_peer.py embed CHIPS NAMES OUT JITTERS FLIP` embeds faces already cut; `python published_peer.py versions` says
+what this is. Imports nothing of this project.
 """
 
 import importlib.util
@@ -40,13 +41,14 @@ def middle(height: int, width: int) -> Any:
     return dlib.rectangle(round(left), round(top), round(left + side) - 1, round(top + side) - 1)
 
 
-def align(folder: Path, names: list[str], out: Path, landmarks: int) -> dict[str, Any]:
+def align(folder: Path, names: list[str], out: Path) -> dict[str, Any]:
     """Chips as an array (N, 150, 150, 3) uint8 in OUT, and how many faces were found in each photograph.
 
-    The HOG detector looks at the photograph twice as large, as in dlib's own examples.
+    The HOG detector looks at the photograph twice as large, as in dlib's own examples; chips lie by 68 landmarks (the
+    model for five is younger than the figure that the authors report).
     """
     detector = dlib.get_frontal_face_detector()
-    predictor = dlib.shape_predictor(model(f"shape_predictor_{landmarks}_face_landmarks.dat"))
+    predictor = dlib.shape_predictor(model("shape_predictor_68_face_landmarks.dat"))
     chips = np.lib.format.open_memmap(out, "w+", np.uint8, (len(names), SIDE, SIDE, 3))
     faces = []
     for i, name in enumerate(names):
@@ -83,8 +85,8 @@ def embed(chips: Path, names: list[str], out: Path, jitters: int, flip: bool) ->
 def main() -> None:
     what, *details = sys.argv[1:]
     if what == "align":
-        folder, names, out, landmarks = details
-        answer = align(Path(folder), json.loads(Path(names).read_text()), Path(out), int(landmarks))
+        folder, names, out = details
+        answer = align(Path(folder), json.loads(Path(names).read_text()), Path(out))
     elif what == "embed":
         chips, names, out, jitters, flip = details
         answer = embed(Path(chips), json.loads(Path(names).read_text()), Path(out), int(jitters), flip == "flip")
