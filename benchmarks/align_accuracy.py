@@ -22,13 +22,15 @@ import pyarrow as pa
 import simplejpeg
 
 from pipeline import tables
-from pipeline.executor import cores
+from pipeline.executor import choose_device, cores
 from pipeline.params import Archive, Params, load_params
 from pipeline.progress import configure_logging
 from pipeline.tracking import NoRun
 from stages import align, download, evaluate, shard, train
 from stages.align.decode import decode
 from stages.align.warp import similarity, warp
+from stages.evaluate.features import embed_set
+from stages.evaluate.models import load_embedder
 
 ROOT = Path(__file__).parents[1]
 ITERATIONS, MILESTONES = 900, [550, 780]
@@ -131,12 +133,14 @@ def measure(params: Params, work: Path) -> list[dict[str, Any]]:
         "cut out by the box": (by_box, quality),
     } | {f"JPEG quality {q} instead of {quality}": (plain, q) for q in QUALITIES}
     rows = []
+    model = load_embedder(work / "models", choose_device(params.machine.device))
     for label, (make, q) in ways.items():
         folder = work / "ways" / label / "lfw"
         realigned(work / "raw" / "lfw", work / "aligned" / "lfw", folder, make, q)
         results = work / "results"
-        models = work / "models"
-        metrics = evaluate.run(work / "raw" / "lfw", folder, models, results, params.evaluate, params.machine, NoRun())
+        embedded = work / "embedded" / label / "lfw"
+        embed_set(folder, model, embedded, batch=params.evaluate.batch, flip=True)
+        metrics = evaluate.run(work / "raw" / "lfw", embedded, None, results, params.evaluate, NoRun())
         images = tables.read_parts(folder, tables.ALIGNED, ["image"])["image"].to_pylist()
         size = float(np.mean([len(image) for image in images if image]))
         rows.append(

@@ -51,11 +51,7 @@ def load_embedder(path: Path, device: torch.device, name: str | None = None) -> 
         ModelError: it is neither, or does not belong to this code, or onnxruntime is not installed.
     """
     if path.is_dir():
-        model = load_model(path, device)
-        width, digest = model.width, model_digest(path)
-
-        def features(images: Tensor) -> Tensor:
-            return model(images.to(device))
+        width, digest, features = _folder(path, device)
     elif path.suffix == ".onnx" and path.is_file():
         width, digest, features = _onnx(path, device)
     else:
@@ -66,6 +62,16 @@ def load_embedder(path: Path, device: torch.device, name: str | None = None) -> 
     with torch.inference_mode():
         length = features(torch.zeros(1, 3, HEIGHT, width, dtype=torch.uint8)).shape[1]
     return Embedder(name or str(path), digest, width, length, features)
+
+
+def _folder(path: Path, device: torch.device) -> tuple[int, str, Callable[[Tensor], Tensor]]:
+    """Width, digest and features of a folder's model."""
+    model = load_model(path, device)
+
+    def features(images: Tensor) -> Tensor:
+        return model(images.to(device))
+
+    return model.width, model_digest(path), features
 
 
 def _onnx(path: Path, device: torch.device) -> tuple[int, str, Callable[[Tensor], Tensor]]:

@@ -11,14 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.params import Backbone, load_params
-from pipeline.tables import ALIGNED, PAIRS, part_path, write_table
+from pipeline.params import SETS, Backbone, MegaFace, load_params
+from pipeline.tables import ALIGNED, LABELS, PAIRS, part_path, write_table
 from pipeline.tracking import NoRun
-from stages.evaluate import run
+from stages.evaluate import Trained, identify, run
+from stages.evaluate.features import embed_set
+from stages.evaluate.models import load_embedder
 from stages.train.model import build_model, save_model
 from tests.conftest import ROOT
 from tests.samples import face_like, jpeg
 
+EVALUATE = load_params(ROOT / "params.yaml").evaluate.model_copy(
+    update={"replicates": 100, "megaface": MegaFace(distractors=[5, 30], seed=1, fars=[0.1, 0.0001], noise=None)}
+)
 BACKBONE = Backbone(name="small", width=112, embedding=8)
 
 
@@ -26,8 +31,10 @@ BACKBONE = Backbone(name="small", width=112, embedding=8)
 class Workspace:
     raw: Path
     aligned: Path
+    embedded: Path
     models: Path
     reports: Path
+    trained: Trained
 
 
 def row(image_id: str, status: str = "detected", video: str | None = None, photo: int = 0) -> dict[str, object]:
@@ -65,7 +72,12 @@ def write_pairs(path: Path, names: list[str], count: int, folds: int) -> None:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Read it, do not write into it: it serves all tests."""
     root = tmp_path_factory.mktemp("workspace")
-    made = Workspace(root / "raw", root / "aligned", root / "models", root / "reports")
+    trained = Trained(root / "labels.parquet", root / "names.txt")
+    raw, aligned, embedded, models, into = (root / name for name in ("raw", "aligned", "embedded", "models", "reports"))
+    made = Workspace(raw, aligned, embedded, models, into, trained)
+    people = [{"label": i, "identity": f"trained{i}", "images": 4, "train": 4, "val": 0} for i in range(8)]
+    write_table(trained.labels, pa.Table.from_pylist(people, LABELS), LABELS)
+    trained.names.write_text("trained0 Somebody Else\n")
     write_rows(made.aligned / "train", [row(f"{i}/{k}", photo=k) for i in range(8) for k in range(4)])
 
     status = {"3/1": "fallback", "4/0": "unreadable"}
@@ -82,6 +94,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     write_rows(made.aligned / "ytf", frames)
     write_pairs(made.raw / "ytf" / "pairs.parquet", list(videos), 24, 2)
 
+    write_rows(made.aligned / "probes", [row(f"1{i}/{k}", photo=k) for i in range(4) for k in range(3)])
+    write_rows(made.aligned / "distractors", [row(f"{i}/0", photo=7) for i in range(20, 50)])
+
     torch.manual_seed(1)
     save_model(made.models, build_model(BACKBONE), nn.Linear(2, 2), {"backbone": BACKBONE.model_dump()})
     (made.models / "train.json").write_text(json.dumps({"iterations": 30, "images": 1234, "identities": 8}))
@@ -96,7 +111,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     ):
         (made.reports / name).mkdir(parents=True)
         (made.reports / name / "metrics.json").write_text(json.dumps(found))
-    for name in ("train", "lfw", "ytf"):
+    model = load_embedder(made.models, torch.device("cpu"))
+    for name in SETS:
+        embed_set(made.aligned / name, model, made.embedded / name, batch=4, flip=name != "train")
         counts = dict(images=4321, detected=4300, fallback=10, no_face=6, unreadable=5, several_faces=77)
         (made.reports / "align" / name).mkdir(parents=True, exist_ok=True)
         (made.reports / "align" / name / "metrics.json").write_text(json.dumps(counts))
@@ -106,8 +123,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture(scope="session")
 def reports(workspace: Workspace) -> Path:
     """The reports folder with both sets evaluated."""
-    params = load_params(ROOT / "params.yaml")
     for name in ("lfw", "ytf"):
-        folders = (workspace.raw / name, workspace.aligned / name, workspace.models, workspace.reports / name)
-        run(*folders, params.evaluate, params.machine, NoRun())
+        out = workspace.reports / name
+        run(workspace.raw / name, workspace.embedded / name, workspace.trained, out, EVALUATE, NoRun())
+    sets = (workspace.embedded / "probes", workspace.embedded / "distractors")
+    identify.run(*sets, workspace.trained, workspace.reports / "megaface", EVALUATE, torch.device("cpu"), NoRun())
+    (workspace.reports / "extra").mkdir()
     return workspace.reports

@@ -8,20 +8,22 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from pipeline.params import Params
-from pipeline.tables import ALIGNED, PAIRS, read_parts, read_table
+from pipeline.tables import ALIGNED, EMBEDDED, LABELS, PAIRS, read_parts, read_table, write_table
 from pipeline.tracking import NoRun
-from stages.evaluate import SCORES, run
+from stages.evaluate import Trained, identify, run
+from stages.evaluate.scoring import SCORES
 from stages.evaluate.verification import EvaluationError
-from stages.train.model import ModelError, load_model
-from tests.evaluate.conftest import Workspace, row, write_rows
+from stages.train.model import load_model
+from tests.evaluate.conftest import EVALUATE, Workspace
 
 FILES = {"metrics.json", "scores.parquet", "roc.csv", "roc.png", "scores.png"}
-KEYS = ["accuracy", "accuracy_se", "accuracy_std", "auc", "eer", "pairs", "tar_at_far", "threshold", "undetected"]
+KEYS = {"accuracy", "accuracy_se", "accuracy_std", "auc", "eer", "pairs", "tar_at_far", "threshold", "undetected"}
+KEYS |= {"bootstrap_over", "centre", "flip", "intervals", "leaked_identities", "unresolved"}
 
 
 class Recorder(NoRun):
@@ -45,7 +47,11 @@ def test_results_agree_with_each_other_and_with_the_input(workspace: Workspace, 
     out = reports / name
     assert {path.name for path in out.iterdir()} == FILES
     metrics = json.loads((out / "metrics.json").read_text())
-    assert list(metrics) == KEYS
+    assert set(metrics) == KEYS
+    assert metrics["leaked_identities"] == 0
+    for figure in ("accuracy", "auc", "eer"):
+        low, high = metrics["intervals"][figure]
+        assert low <= metrics[figure] <= high
     scored = read_table(out / "scores.parquet", SCORES)
     pairs = read_table(workspace.raw / name / "pairs.parquet", PAIRS)
     assert scored.drop_columns("score").equals(pairs)
@@ -77,12 +83,9 @@ def test_scores_by_hand(workspace: Workspace, reports: Path) -> None:
             assert pair["score"] == pytest.approx(cosine, abs=1e-5)
 
 
-def test_again_the_same_bytes_and_tracked_by_set(
-    workspace: Workspace, reports: Path, tmp_path: Path, params: Params
-) -> None:
+def test_again_the_same_bytes_and_tracked_by_set(workspace: Workspace, reports: Path, tmp_path: Path) -> None:
     recorder = Recorder()
-    folders = (workspace.raw / "lfw", workspace.aligned / "lfw", workspace.models, tmp_path)
-    run(*folders, params.evaluate, params.machine, recorder)
+    run(workspace.raw / "lfw", workspace.embedded / "lfw", workspace.trained, tmp_path, EVALUATE, recorder)
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (reports / "lfw" / name).read_bytes(), name
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -102,18 +105,59 @@ def test_roc_csv_is_a_curve(reports: Path) -> None:
     assert 2 < len(curve) <= 1000
 
 
-def test_no_model(workspace: Workspace, tmp_path: Path, params: Params) -> None:
-    folders = (workspace.raw / "lfw", workspace.aligned / "lfw", tmp_path, tmp_path / "out")
-    with pytest.raises(ModelError, match=r"model\.json: no such file"):
-        run(*folders, params.evaluate, params.machine, NoRun())
+def test_pairs_name_an_absent_image(workspace: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="images or videos of the pairs are not there"):
+        run(workspace.raw / "lfw", workspace.embedded / "ytf", None, tmp_path / "out", EVALUATE, NoRun())
     assert not (tmp_path / "out").exists()
 
 
-def test_pairs_name_an_absent_image(workspace: Workspace, tmp_path: Path, params: Params) -> None:
-    write_rows(tmp_path / "lfw", [row("0/0")])
-    folders = (workspace.raw / "lfw", tmp_path / "lfw", workspace.models, tmp_path / "out")
-    with pytest.raises(EvaluationError, match="images or videos of the pairs are not there"):
-        run(*folders, params.evaluate, params.machine, NoRun())
+def test_people_who_are_trained_on_are_refused_or_told(workspace: Workspace, tmp_path: Path) -> None:
+    """By their names in letters and digits alone; those that are only validated count for nothing."""
+    people = [{"label": 0, "identity": "0000045", "train": 3}, {"label": 1, "identity": "5", "train": 2}]
+    people += [{"label": 2, "identity": "2", "train": 0, "val": 3}]
+    write_table(tmp_path / "labels.parquet", pa.Table.from_pylist(people, LABELS), LABELS)
+    (tmp_path / "names.txt").write_text("0000045 3.\n")
+    trained = Trained(tmp_path / "labels.parquet", tmp_path / "names.txt")
+    folders = (workspace.raw / "lfw", workspace.embedded / "lfw", trained, tmp_path / "out")
+    with pytest.raises(EvaluationError, match=r"lfw: 2 of its people are trained on: 3 \(0000045\), 5\. Leave them"):
+        run(*folders, EVALUATE, NoRun())
+    assert not (tmp_path / "out").exists()
+    run(*folders, EVALUATE.model_copy(update={"leaks": "report"}), NoRun())
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["leaked_identities"] == 2
+
+
+def test_identification_of_the_embedded_sets(workspace: Workspace, reports: Path, tmp_path: Path) -> None:
+    metrics = json.loads((reports / "megaface" / "metrics.json").read_text())
+    assert (metrics["probes"], metrics["people"], metrics["pairs"]) == (12, 4, 4 * 3 * 2)
+    assert list(metrics["distractors"]) == ["30", "5"]
+    for count, of_count in metrics["distractors"].items():
+        assert of_count["impostors"] == 12 * int(count)
+        assert of_count["tar_at_far"]["0.0001"] is None
+        assert "comparisons with strangers" in of_count["unresolved"]["tar_at_far_0.0001"]
+        low, high = of_count["intervals"]["rank_1"]
+        assert low <= of_count["rank_1"] <= high
+    curve = (reports / "megaface" / "cmc.csv").read_text().splitlines()
+    assert curve[0] == "distractors,rank,share"
+    assert len(curve) == 1 + 2 * 100
+    assert curve[-1] == "30,100,1.0"  # of 31 in the gallery, everyone is among the first 100
+    # again, the same bytes; and without two of the probes, as a noise list says
+    sets = (workspace.embedded / "probes", workspace.embedded / "distractors", workspace.trained)
+    (tmp_path / "noise.txt").write_text("10/0\n10/1\n")
+    for noise in (None, str(tmp_path / "noise.txt")):
+        section = EVALUATE.model_copy(update={"megaface": EVALUATE.megaface.model_copy(update={"noise": noise})})
+        again = identify.run(*sets, tmp_path / "again", section, torch.device("cpu"), NoRun())
+        if noise is None:
+            for path in (reports / "megaface").iterdir():
+                assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    assert (again["probes"], again["people"], again["pairs"], again["refined"]) == (10, 3, 3 * 3 * 2, True)
+
+
+def test_without_photographs_there_is_no_identification(workspace: Workspace, tmp_path: Path) -> None:
+    write_table(tmp_path / "none" / "part-00000.parquet", EMBEDDED.empty_table(), EMBEDDED)
+    sets = (workspace.embedded / "probes", tmp_path / "none", None)
+    found = identify.run(*sets, tmp_path / "out", EVALUATE, torch.device("cpu"), NoRun())
+    assert found == {"why": "download.distractors has no photographs"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "cmc.csv", "cmc.png"}
 
 
 def test_command_line_says_what_is_missing(tmp_path: Path) -> None:

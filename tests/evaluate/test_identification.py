@@ -156,4 +156,4 @@ def test_what_cannot_be_measured_is_said() -> None:
     with pytest.raises(EvaluationError, match="distractors: features that are not finite"):
         identify(two, np.array([0, 0]), [two * np.nan], [2], [], CPU)
     with pytest.raises(EvaluationError, match="probes: features that are not finite"):
-        identify(two * np.inf, np.array([0, 0]), [two], [2], [], CPU)
+        identify(np.full((2, 2), np.inf, np.float32), np.array([0, 0]), [two], [2], [], CPU)

@@ -153,7 +153,7 @@ def test_an_interrupted_run_leaves_nothing(
         signal.raise_signal(signal.SIGINT)
         raise AssertionError
 
-    monkeypatch.setattr(photographs, "features", interrupted)
+    monkeypatch.setattr(photographs, "embed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         embed_folder(album, out, model, here)
     assert list(tmp_path.iterdir()) == [out]

@@ -11,8 +11,9 @@ import pytest
 
 from pipeline.params import SETS, Local, Params
 from pipeline.tables import ALIGNED, read_parts, read_table, write_table
-from stages.evaluate import SCORES, EvaluationError, verification
+from stages.evaluate import EvaluationError, verification
 from stages.evaluate.report import build, worst_errors
+from stages.evaluate.scoring import SCORES
 from tests.evaluate.conftest import Workspace
 
 

@@ -13,6 +13,7 @@ from pipeline import cli
 from pipeline.cli import RECIPES
 from pipeline.params import Params
 from stages.evaluate import comparison, foreign, scoring
+from stages.evaluate.features import Block
 from stages.evaluate.scoring import Options, Scored
 from stages.evaluate.verification import EvaluationError, best_threshold
 
@@ -131,7 +132,7 @@ def test_a_video_is_the_mean_of_its_frames(tmp_path: Path) -> None:
 
 
 def test_an_unusable_side_has_the_lowest_score() -> None:
-    vectors, usable = scoring.templates(np.eye(2), None, "none", np.array([0, 2]), 3)
+    vectors, usable = scoring.templates([Block(np.eye(2, dtype=np.float32), None, np.array([0, 2]))], "none", 3)
     assert usable.tolist() == [True, False, True]
     one, other, fold = np.array([0, 0]), np.array([1, 2]), np.array([0, 1])
     assert scoring.score(vectors, usable, one, other, fold).tolist() == [-1, 0]

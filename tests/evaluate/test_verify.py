@@ -219,6 +219,6 @@ def test_threshold_is_the_best_at_its_far(pairs: list[tuple[int, bool]], far: fl
     best = max((score[same] >= cut).mean() for cut in allowed)
     assert (score[same] >= found).mean() == best
     assert (score[~same] >= found).mean() <= far
-    twice = [np.tile(values, 2) for values in (score, same)]  # two folds
-    metrics = evaluate(*twice, np.repeat([0, 1], len(score)), [far])
+    # two folds
+    metrics = evaluate(np.tile(score, 2), np.tile(same, 2), np.repeat([0, 1], len(score)), [far])
     assert metrics.tar_at_far[str(far)] == pytest.approx(best)

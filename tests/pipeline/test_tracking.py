@@ -198,7 +198,9 @@ def test_a_model_is_found_by_every_address(project: Path, tracked: Params, model
     with training_run(tracked, lineage={}) as run:
         run.log_model(models)
     _, version = registry.promote(str(run.id), tracked)
-    (output,) = MlflowClient(tracking.store_uri()).get_run(str(run.id)).outputs.model_outputs
+    outputs = MlflowClient(tracking.store_uri()).get_run(str(run.id)).outputs
+    assert outputs is not None
+    (output,) = outputs.model_outputs
     for address in ("models:/cosface@champion", f"models:/cosface/{version}", f"models:/{output.model_id}"):
         with registry.located(address, tracked) as found:
             assert (found.path / "backbone.safetensors").read_bytes() == (models / "backbone.safetensors").read_bytes()
@@ -210,8 +212,9 @@ def test_a_model_is_found_by_every_address(project: Path, tracked: Params, model
 
     (models / "scores.parquet").write_bytes(b"of the evaluation")
     run.log_artifact(models / "scores.parquet", "lfw")
-    for address in (None, f"runs:/{run.id}"):
-        with registry.located(address, tracked) as found:
+    either: tuple[str | None, ...] = (None, f"runs:/{run.id}")
+    for where in either:
+        with registry.located(where, tracked) as found:
             assert found.scores is not None
             assert found.scores.read_bytes() == b"of the evaluation"
             assert (found.path / "model.json").exists()
