@@ -17,15 +17,13 @@ import tempfile
 import venv
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline import tables
@@ -34,7 +32,9 @@ from pipeline.progress import configure_logging
 from stages import align, download
 from stages.align.decode import decode
 from stages.align.warp import similarity
-from stages.evaluate.verification import Metrics, evaluate
+from stages.download.protocols import read_pairs
+from stages.evaluate import comparison, foreign, scoring, uncertainty
+from stages.evaluate.verification import Metrics, Verification
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "published.json"
@@ -80,7 +80,7 @@ SEEN = {
 }
 """What is wrong with pairs, as we saw in their photographs, among those that are decided wrongly."""
 
-Floats = NDArray[np.float64]
+FLIPS: tuple[scoring.Flip, ...] = ("none", "concatenate")
 
 
 class Peer:
@@ -179,79 +179,97 @@ def embedded(peer: Peer, chips: Path, names: Path, jitters: int) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def cosine(left: Floats, right: Floats) -> Floats:
-    units = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in (left, right)]
-    return np.einsum("nd,nd->n", *units)
-
-
-def nearness(left: Floats, right: Floats) -> Floats:
-    """Euclidean distance turned round, so that higher is more alike; dlib's descriptors are not of length 1."""
-    return -np.linalg.norm(left - right, axis=1)
-
-
-DISTANCES = {"cosine": cosine, "Euclidean": nearness}
-
-
 @dataclass(frozen=True)
-class Scored:
-    """The pairs as one way of embedding and comparing sees them."""
+class Way:
+    """The pairs as one way of cutting faces, of using mirror images, and of comparing descriptors sees them."""
 
-    scores: Floats
+    faces: str
+    distance: str
+    options: scoring.Options
+    scored: scoring.Scored
+    pairs: Verification
     metrics: Metrics
-    right: NDArray[np.bool_]
-    """Whether each pair is decided rightly, by its fold's threshold."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.faces}, {self.distance}, flip: {self.options.flip}"
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        return self.pairs.decided(self.metrics)
 
 
-def measure(variants: dict[str, Path], pairs: pa.Table, fars: Sequence[float]) -> dict[str, Any]:
-    """Every variant by each distance, with and without the mirror image, and the pairs that are decided wrongly."""
-    rows, decided = [], {}
-    for variant, path in variants.items():
-        with np.load(path) as file:
-            emb, names = file["emb"], pa.array(file["keys"].tolist())
-            ways = {"": emb} | ({", flip": np.hstack([emb, file["flip"]])} if "flip" in file else {})
-        left, right = (pc.index_in(pairs[side], value_set=names).to_numpy() for side in ("left", "right"))
-        for (flip, vectors), (distance, of) in itertools.product(ways.items(), DISTANCES.items()):
-            scored = score(pairs, of(vectors[left], vectors[right]), fars)
-            way = f"{variant}{flip}, {distance}"
-            decided[way] = scored
-            rows.append({"way": way} | summary(pairs, scored))
-            if distance == "Euclidean" and not flip:
-                accepted = scored.scores > -AUTHORS_THRESHOLD
-                rows[-1]["accuracy_at_0.6"] = round(float((accepted == pairs["same"].to_numpy()).mean()), 6)
-            print(f"{way:50}{100 * scored.metrics.accuracy:.2f} ± {100 * scored.metrics.accuracy_se:.2f} %", flush=True)
-    return {"lfw": rows, "wrong": wrong(pairs, decided)}
+def ways(variants: dict[str, Path], pairs: Path, fars: Sequence[float]) -> Iterator[Way]:
+    """Each variant's embeddings by cosine and by Euclidean distance, without and with the mirror images."""
+    listed = read_pairs("lfw", pairs, str(pairs))
+    for faces, path in variants.items():
+        given = foreign.Embeddings(path)
+        for flip in FLIPS if given.flip is not None else FLIPS[:1]:
+            options = scoring.Options(flip)
+            cosines = foreign.score_pairs(given, listed, options)
+            distances = replace(cosines, scores=nearness(given, cosines, flip))
+            for distance, scored in (("cosine", cosines), ("Euclidean", distances)):
+                verification = scored.verification(fars)
+                yield Way(faces, distance, options, scored, verification, verification.measure())
 
 
-def score(pairs: pa.Table, scores: Floats, fars: Sequence[float]) -> Scored:
-    same, fold = pairs["same"].to_numpy(), pairs["fold"].to_numpy()
-    metrics = evaluate(scores, same, fold, fars)
-    threshold = np.array(metrics.fold_threshold)[np.searchsorted(metrics.folds, fold)]
-    return Scored(scores, metrics, (scores >= threshold) == same)
+def nearness(given: foreign.Embeddings, scored: scoring.Scored, flip: scoring.Flip) -> NDArray[np.float32]:
+    """Euclidean distances turned round, so that higher is more alike; dlib's descriptors are not of length 1."""
+    parts = [given.emb] if flip == "none" or given.flip is None else [given.emb, given.flip]
+    row = {key: index for index, key in enumerate(given.keys)}
+    left, right = ([row[name] for name in side] for side in (scored.left, scored.right))
+    return -np.linalg.norm(np.hstack([part[left] - part[right] for part in parts]), axis=1).astype(np.float32)
 
 
-def summary(pairs: pa.Table, scored: Scored) -> dict[str, Any]:
-    metrics, mistaken = scored.metrics, pairs.filter(pa.array(~scored.right)).to_pylist()
-    figures = ("accuracy", "accuracy_se", "accuracy_std", "threshold", "auc", "eer")
-    return {name: round(getattr(metrics, name), 6) for name in figures} | {
-        "tar_at_far": {far: tar if tar is None else round(tar, 6) for far, tar in metrics.tar_at_far.items()},
-        "accuracy_by_fold": [round(accuracy, 6) for accuracy in metrics.fold_accuracy],
-        "wrong": dict(Counter("same" if row["same"] else "different" for row in mistaken)),
-        "seen_in_them": dict(Counter(seen for row in mistaken if (seen := SEEN.get((row["left"], row["right"]))))),
-    }
+def summary(way: Way, undetected: int) -> dict[str, Any]:
+    """What metrics.json would hold, by fold too, and the pairs that are decided wrongly."""
+    intervals = uncertainty.intervals(way.pairs, way.scored.people)
+    wrong = np.flatnonzero(~way.right)
+    kinds = Counter("same" if way.scored.same[i] else "different" for i in wrong)
+    seen = Counter(SEEN[pair] for i in wrong if (pair := (way.scored.left[i], way.scored.right[i])) in SEEN)
+    result: dict[str, Any] = {"faces": way.faces, "distance": way.distance}
+    result |= scoring.summary(way.metrics, intervals, way.options, undetected)
+    result |= {"accuracy_by_fold": [scoring.rounded(accuracy) for accuracy in way.metrics.fold_accuracy]}
+    if way.distance == "Euclidean" and way.options.flip == "none":
+        accepted = way.scored.scores > -AUTHORS_THRESHOLD
+        result |= {"accuracy_at_0.6": scoring.rounded(np.mean(accepted == way.scored.same))}
+    return result | {"wrong": dict(kinds), "seen_in_wrong": dict(seen)}
 
 
-def wrong(pairs: pa.Table, decided: dict[str, Scored]) -> list[dict[str, Any]]:
-    """The pairs that some way decides wrongly, which ways, and what is wrong with their photographs.
-
-    Those that most ways decide wrongly come first.
-    """
-    ways = {i: [way for way, scored in decided.items() if not scored.right[i]] for i in range(len(pairs))}
-    order = sorted((i for i in ways if ways[i]), key=lambda i: (-len(ways[i]), i))
-    rows: list[dict[str, Any]] = pairs.take(order).to_pylist()
+def wrong_pairs(found: list[Way]) -> list[dict[str, Any]]:
+    """The pairs that some way decides wrongly, and what was seen in them; those that most decide wrongly come first."""
+    pairs = found[0].scored
+    right = {way.name: way.right for way in found}
+    by = [[name for name, flags in right.items() if not flags[i]] for i in range(len(pairs.left))]
     return [
-        row | {"seen": SEEN.get((row["left"], row["right"])), "wrong_by": ways[i]}
-        for i, row in zip(order, rows, strict=True)
+        {"left": pairs.left[i], "right": pairs.right[i], "same": bool(pairs.same[i]), "fold": int(pairs.fold[i])}
+        | {"seen": SEEN.get((pairs.left[i], pairs.right[i])), "wrong_by": by[i]}
+        for i in sorted(range(len(by)), key=lambda i: (-len(by[i]), i))
+        if by[i]
     ]
+
+
+def ours_less_dlib(found: list[Way]) -> dict[str, Any]:
+    """The two alignments compared on the same pairs, all else being equal: A is dlib's, B is ours."""
+    result = {}
+    for a, b in itertools.product(found, found):
+        if (a.faces, b.faces) == ("dlib", "ours") and (a.distance, a.options) == (b.distance, b.options):
+            compared = uncertainty.compare(a.pairs, b.pairs, a.scored.people)
+            result[f"{a.distance}, flip: {a.options.flip}"] = comparison.summary("lfw", compared)
+    return result
+
+
+def measure(
+    variants: dict[str, Path], without: dict[str, set[str]], pairs: Path, fars: Sequence[float]
+) -> dict[str, Any]:
+    """All of the result that is about pairs; `without` has the photographs in which no face was found."""
+    found, rows = [], []
+    for way in ways(variants, pairs, fars):
+        missed, both = without[way.faces], zip(way.scored.left, way.scored.right, strict=True)
+        rows.append(summary(way, sum(left in missed or right in missed for left, right in both)))
+        found.append(way)
+        print(f"{way.name:50}{100 * way.metrics.accuracy:.2f} ± {100 * way.metrics.accuracy_se:.2f} %", flush=True)
+    return {"lfw": rows, "ours_less_dlib": ours_less_dlib(found), "wrong": wrong_pairs(found)}
 
 
 def main() -> None:
@@ -274,30 +292,30 @@ def main() -> None:
         "dlib": lambda out: peer.do("align", names.parent, names, out),
         "ours": lambda out: our_chips(raw, aligned, out),
     }
-    counts, variants = {}, {}
+    found: dict[str, NDArray[np.int64]] = {}
+    variants: dict[str, Path] = {}
     for faces, make in chips.items():
         cut = work / "chips" / f"{faces}.npy"
-        found = np.array(made(cut, make)["faces"])
-        counts[faces] = {
-            "one": int((found == 1).sum()),
-            "several": int((found > 1).sum()),
-            "none": int((found == 0).sum()),
-        }
+        found[faces] = np.array(made(cut, make)["faces"])
         variants[faces] = embedded(peer, cut, names, 0)
     if options.jitters:
-        variants[f"dlib, {options.jitters} jitters"] = embedded(
-            peer, work / "chips" / "dlib.npy", names, options.jitters
-        )
+        name = f"dlib, {options.jitters} jitters"
+        found[name] = found["dlib"]
+        variants[name] = embedded(peer, work / "chips" / "dlib.npy", names, options.jitters)
 
-    pairs = tables.read_table(raw / "pairs.parquet", tables.PAIRS)
     result = {
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("numpy", "torch", "opencv-python-headless")}
         | peer.versions(),
-        "pairs": len(pairs),
-        "faces_found": counts,
-    } | measure(variants, pairs, params.evaluate.fars)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        "photographs_by_faces_found": {
+            faces: {"none": int((n == 0).sum()), "one": int((n == 1).sum()), "several": int((n > 1).sum())}
+            for faces, n in found.items()
+        },
+    }
+    without = {faces: set(np.array(json.loads(names.read_text()))[n == 0].tolist()) for faces, n in found.items()}
+    result |= measure(variants, without, options.faces / "pairs.txt", params.evaluate.fars)
+    with tables.atomic(RESULT) as path:
+        path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
