@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from pipeline.pages import DIFFERENT, INK, PERCENT, SAME, STYLE, axes
+from pipeline.pages import DIFFERENT, INK, MUTED, PERCENT, SAME, STYLE, axes
 from stages.evaluate.verification import Metrics, Roc
 
 ROC_POINTS = 1000
@@ -49,6 +49,47 @@ def roc_figure(metrics: Metrics) -> Figure:
     plot.set(xlabel="false accept rate", ylabel="true accept rate")
     plot.xaxis.set_major_formatter(PERCENT)
     plot.yaxis.set_major_formatter(PERCENT)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def det_figure(metrics: Metrics) -> Figure:
+    """Both errors over the threshold: false rejects over false accepts (DET), on logarithmic scales."""
+    figure, plot = axes()
+    roc = thin(metrics.roc)
+    inside = (roc.far > 0) & (roc.tar < 1)
+    if not inside.any():
+        plot.text(0.5, 0.5, "no errors to draw", transform=plot.transAxes, ha="center", color=INK)
+        return figure
+    far, frr = roc.far[inside], 1 - roc.tar[inside]
+    plot.plot(far, frr, color=SAME, drawstyle="steps-post", solid_joinstyle="round")
+    least = float(min(far.min(), frr.min()))
+    plot.plot([least, 1], [least, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+    plot.plot(metrics.eer, metrics.eer, "o", color=SAME, markersize=5.5)
+    where = (metrics.eer, metrics.eer)
+    plot.annotate(f"EER {metrics.eer:.1%}", where, xytext=(6, 4), textcoords="offset points", color=INK, fontsize=8.5)
+    plot.set(xscale="log", yscale="log", xlim=(far.min() / 1.5, 1.1), ylim=(frr.min() / 1.5, 1.1))
+    plot.set(xlabel="false accept rate", ylabel="false reject rate")
+    plot.xaxis.set_major_formatter(PERCENT)
+    plot.yaxis.set_major_formatter(PERCENT)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def map_figure(points: NDArray[np.floating], people: NDArray[np.integer]) -> Figure:
+    """Faces on a plane, those of a person in one colour and shape.
+
+    Args:
+        points: (N, 2).
+        people: (N,) who is on each, from 0.
+    """
+    figure, plot = axes()
+    for person in np.unique(people).tolist():
+        own = points[people == person]
+        colour = mpl.colormaps["tab20"](person % 20)
+        plot.scatter(own[:, 0], own[:, 1], s=16, marker="osD^v"[person // 20 % 5], color=[colour], linewidths=0)
+    plot.set(xticks=[], yticks=[])
+    plot.grid(visible=False)
     return figure
 
 
@@ -122,21 +163,20 @@ def training_figure(
 
 
 @mpl.rc_context(STYLE)
-def cmc_figure(ranks: Mapping[int, NDArray[np.integer]]) -> Figure:
+def cmc_figure(shares: Mapping[int, Sequence[float]]) -> Figure:
     """Share of probes whose mate is among the first so many of the gallery (CMC), by number of distractors.
 
     Args:
-        ranks: of the mates, from 1, by number of distractors; empty where nothing was measured.
+        shares: at rank 1, 2, ..., by number of distractors; empty where nothing was measured.
     """
     figure, plot = axes()
-    upto = np.arange(1, 101)
-    for shade, (count, of_mates) in zip(np.linspace(0.35, 1, max(len(ranks), 1)), ranks.items(), strict=False):
-        share = np.searchsorted(np.sort(of_mates), upto, side="right") / len(of_mates)
-        plot.plot(upto, share, color=SAME, alpha=float(shade), drawstyle="steps-post", label=f"{count:,}")
+    for shade, (count, values) in zip(np.linspace(0.35, 1, max(len(shares), 1)), shares.items(), strict=False):
+        ranks = np.arange(1, len(values) + 1)
+        plot.plot(ranks, values, color=SAME, alpha=float(shade), drawstyle="steps-post", label=f"{count:,}")
     plot.set(xscale="log", xlim=(1, 100), ylim=(None, 1.02), xlabel="rank", ylabel="share of mates found")
     plot.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     plot.yaxis.set_major_formatter(PERCENT)
-    if ranks:
+    if shares:
         plot.legend(title="distractors", loc="lower right", fontsize=8.5, title_fontsize=8.5)
     else:
         plot.text(0.5, 0.5, "not measured", transform=plot.transAxes, ha="center", color=INK)

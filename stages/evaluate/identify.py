@@ -174,15 +174,15 @@ def _in_order(embedded: Path, chosen: pa.Table, params: Evaluate, folder: Path) 
 
 def _write(out: Path, content: dict[str, Any], found: Identification | None) -> None:
     lines = ["distractors,rank,share\n"]
+    curves: dict[int, list[float]] = {}
     if found is not None:
-        for rank in range(1, RANKS + 1):
-            shares = zip(found.counts, found.identified(rank).tolist(), strict=True)
-            lines += [f"{count},{rank},{scoring.rounded(share)}\n" for count, share in shares]
+        by_rank = np.stack([found.identified(rank) for rank in range(1, RANKS + 1)], axis=1)
+        curves = dict(zip(found.counts, by_rank.tolist(), strict=True))
+        for count, shares in curves.items():
+            lines += [f"{count},{rank},{scoring.rounded(share)}\n" for rank, share in enumerate(shares, 1)]
     with tables.atomic(out / "cmc.csv") as path:
         path.write_text("".join(lines))
-    save_png(
-        figures.cmc_figure({c: found.rank[i] for i, c in enumerate(found.counts)} if found else {}), out / "cmc.png"
-    )
+    save_png(figures.cmc_figure(curves), out / "cmc.png")
     with tables.atomic(out / "metrics.json") as path:
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 

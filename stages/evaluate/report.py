@@ -5,6 +5,7 @@ The page follows from the run's files and params.yaml alone: no clock, no machin
 
 import csv
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from pipeline.entry import stage
 from pipeline.pages import data_uri, to_svg
 from pipeline.params import SETS, Params, Synthetic, flatten
 from pipeline.tracking import training_run_of
-from stages.evaluate import EvaluationError, figures
-from stages.evaluate.features import choose_frames
-from stages.evaluate.scoring import SCORES
-from stages.evaluate.verification import Metrics, evaluate
+from stages.evaluate import EvaluationError, figures, scoring
+from stages.evaluate.features import blocks, choose_frames, matrix
+from stages.evaluate.scoring import Scored
+from stages.evaluate.verification import Metrics
 
 PROTOCOLS = {"lfw": "LFW", "ytf": "YTF"}
 SHOWN_SECTIONS = (
@@ -35,6 +36,7 @@ SHOWN_SECTIONS = (
 )  # the others change nothing that comes out
 WORST = 6
 SAMPLE_IDENTITIES, SAMPLE_FACES = 6, 6
+MAP_PEOPLE, MAP_FACES = 20, 12
 COUNTS = ("images", "detected", "fallback", "no_face", "unreadable", "several_faces")
 
 
@@ -52,17 +54,28 @@ class ScoredPair:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some of a protocol's pairs."""
+
+    name: str
+    pairs: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
 class Protocol:
     """A protocol's section of the page."""
 
     name: str
     title: str
     metrics: Metrics
-    undetected: int
+    found: dict[str, Any]
+    """What metrics.json holds."""
     different: int
     """How many pairs show different people: what FAR counts by."""
     charts: dict[str, str]
     """Inline SVG by caption."""
+    parts: list[Part]
     false_matches: list[ScoredPair]
     false_non_matches: list[ScoredPair]
 
@@ -72,23 +85,31 @@ class Protocol:
         digits = 1 if self.metrics.accuracy_se >= 0.001 else 2
         return f"{100 * self.metrics.accuracy:.{digits}f}% ± {100 * self.metrics.accuracy_se:.{digits}f}"
 
+    def interval(self, figure: str, digits: int = 1) -> str:
+        """That of a figure, in per cent; empty where there is none."""
+        bounds = self.found["intervals"].get(figure)
+        return f"{100 * bounds[0]:.{digits}f} to {100 * bounds[1]:.{digits}f}%" if bounds else ""
+
     @property
     def verdict(self) -> str:
         """One line for the terminal."""
         return (
-            f"{self.title}: {self.accuracy} accuracy, AUC {self.metrics.auc:.4f}, EER {self.metrics.eer:.2%} "
+            f"{self.title}: {self.accuracy} accuracy (95% interval {self.interval('accuracy') or 'unknown'}), "
+            f"AUC {self.metrics.auc:.4f}, EER {self.metrics.eer:.2%} "
             f"({self.metrics.pairs:,} pairs, {len(self.metrics.folds)} folds)"
         )
 
 
-def build(reports: Path, models: Path, aligned: Path, out: Path, params: Params) -> list[str]:
+def build(reports: Path, models: Path, aligned: Path, embedded: Path, out: Path, params: Params) -> list[str]:
     """Write the page and return the verdict, a line a protocol.
 
     Args:
-        reports: folder with `align/<set>/metrics.json`, `shard/metrics.json`, `audit/metrics.json` and, for each
-            protocol, `<set>/scores.parquet` and `metrics.json`.
+        reports: folder with `align/<set>/metrics.json`, `shard/metrics.json`, `audit/metrics.json`, `megaface/`, and,
+        for
+            each protocol, `<set>/scores.parquet` and `metrics.json`; those of more sets lie in `extra/`.
         models: folder with history.csv, train.json and faces.png.
         aligned: folder of the aligned sets.
+        embedded: folder of the embedded sets.
         out: the page.
         params: all of params.yaml.
 
@@ -96,11 +117,17 @@ def build(reports: Path, models: Path, aligned: Path, out: Path, params: Params)
         EvaluationError, TableError, OSError: something the page shows is absent or unreadable.
     """
     protocols = [_protocol(name, reports / name, aligned / name, params) for name in PROTOCOLS]
+    extra = sorted(path.name for path in (reports / "extra").iterdir() if (path / "scores.parquet").exists())
+    protocols += [_protocol(name, reports / "extra" / name, None, params) for name in extra]
+    megaface = _read_json(reports / "megaface" / "metrics.json")
     pages.render(
         Path(__file__).parent / "report.html.j2",
         out,
         protocols=protocols,
         procedural=[name for name in SETS if isinstance(getattr(params.download, name), Synthetic)],
+        megaface=megaface,
+        cmc=_cmc(reports / "megaface" / "cmc.csv") if "why" not in megaface else None,
+        map=_map(embedded / "lfw", params),
         trained=_read_json(models / "train.json"),
         head=params.train.head,
         backbone=params.train.backbone,
@@ -113,57 +140,128 @@ def build(reports: Path, models: Path, aligned: Path, out: Path, params: Params)
         samples=_samples(aligned / "train"),
         parameters={name: flatten(getattr(params, name), name) for name in SHOWN_SECTIONS},
     )
-    return [protocol.verdict for protocol in protocols]
+    lines = [protocol.verdict for protocol in protocols]
+    if "why" not in megaface:
+        style = "-style" if isinstance(params.download.probes, Synthetic) else ""
+        count, last = list(_by_count(megaface))[-1]
+        low, high = last["intervals"]["rank_1"]
+        lines.append(
+            f"MegaFace{style} identification: {last['rank_1']:.1%} rank-1 among {count:,} distractors (95% interval "
+            f"{100 * low:.1f} to {100 * high:.1f}%)"
+        )
+    return lines
 
 
-def worst_errors(scored: pa.Table, metrics: Metrics) -> tuple[list[int], list[int]]:
+def _by_count(megaface: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Results by number of distractors, the fewest first."""
+    yield from sorted((int(count), values) for count, values in megaface["distractors"].items())
+
+
+def _cmc(path: Path) -> str:
+    with path.open(newline="") as file:
+        rows = [(int(row["distractors"]), int(row["rank"]), float(row["share"])) for row in csv.DictReader(file)]
+    curves = {count: [share for own, _, share in rows if own == count] for count in sorted({row[0] for row in rows})}
+    return to_svg(figures.cmc_figure(curves), "cmc")
+
+
+def _map(embedded: Path, params: Params) -> str:
+    """Faces of the people with the most photographs, brought onto a plane by t-SNE (van der Maaten and Hinton,
+    2008)."""
+    from sklearn.manifold import TSNE
+
+    table = tables.read_parts(embedded, tables.EMBEDDED, ["image_id", "identity", "status"])
+    table = table.filter(pc.equal(table["status"], "detected"))
+    _, code, counts = np.unique(table["identity"].to_numpy(), return_inverse=True, return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:MAP_PEOPLE]
+    rows = [_spread(np.flatnonzero(code == person), MAP_FACES) for person in most]
+    chosen = [table["image_id"][int(row)].as_py() for row in np.concatenate(rows)]
+    frames = choose_frames(embedded, chosen, tables.EMBEDDED, by_image=True)
+    vectors, _ = scoring.templates(blocks(embedded, frames), params.evaluate.flip, len(chosen))
+    # not its faster approximation, whose threads add up in no particular order
+    perplexity = min(10.0, (len(chosen) - 1) / 3)
+    plane = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=0, method="exact")
+    people = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
+    return to_svg(figures.map_figure(plane.fit_transform(vectors), people), "map")
+
+
+def worst_errors(scored: Scored, metrics: Metrics) -> tuple[list[int], list[int]]:
     """Rows of the worst false matches (highest scores first) and false non-matches (lowest first), WORST of each.
 
     A pair is an error by the threshold of its own fold, the one its accuracy was counted with.
     """
-    score, same = scored["score"].to_numpy().astype(np.float64), scored["same"].to_numpy()
-    threshold = np.asarray(metrics.fold_threshold)[np.searchsorted(metrics.folds, scored["fold"].to_numpy())]
-    accepted = score >= threshold
-    order = np.argsort(score, kind="stable")
-    false_non_matches = order[same[order] & ~accepted[order]][:WORST]
-    order = np.argsort(-score, kind="stable")
-    false_matches = order[~same[order] & accepted[order]][:WORST]
+    accepted = _accepted(scored, metrics)
+    order = np.argsort(scored.own, kind="stable")
+    false_non_matches = order[scored.same[order] & ~accepted[order]][:WORST]
+    order = np.argsort(-scored.own, kind="stable")
+    false_matches = order[~scored.same[order] & accepted[order]][:WORST]
     return false_matches.tolist(), false_non_matches.tolist()
 
 
-def _protocol(name: str, results: Path, aligned: Path, params: Params) -> Protocol:
-    scored = tables.read_table(results / "scores.parquet", SCORES)
-    score, same = scored["score"].to_numpy(), scored["same"].to_numpy()
-    metrics = evaluate(score, same, scored["fold"].to_numpy(), params.evaluate.fars)
+def _accepted(scored: Scored, metrics: Metrics) -> NDArray[np.bool_]:
+    threshold = np.asarray(metrics.fold_threshold)[np.searchsorted(metrics.folds, scored.fold)]
+    return np.asarray(scored.own.astype(np.float64) >= threshold)
+
+
+def _protocol(name: str, results: Path, aligned: Path | None, params: Params) -> Protocol:
+    scored = Scored.read(results / "scores.parquet")
+    metrics = scored.verification(params.evaluate.fars).measure()
     rows = worst_errors(scored, metrics)
     false_matches, false_non_matches = (_pairs(scored, chosen, aligned) for chosen in rows)
-    style = "-style" if isinstance(getattr(params.download, name), Synthetic) else ""
+    style = "-style" if isinstance(getattr(params.download, name, None), Synthetic) else ""
     return Protocol(
         name=name,
-        title=f"{PROTOCOLS[name]}{style} pairs",
+        title=f"{PROTOCOLS.get(name, name)}{style} pairs",
         metrics=metrics,
-        undetected=_read_json(results / "metrics.json")["undetected"],
-        different=int((~same).sum()),
+        found=_read_json(results / "metrics.json"),
+        different=int((~scored.same).sum()),
         charts={
             "ROC": to_svg(figures.roc_figure(metrics), f"{name}-roc"),
+            "DET": to_svg(figures.det_figure(metrics), f"{name}-det"),
             f"Scores, threshold {metrics.threshold:.3f}": to_svg(
-                figures.scores_figure(score, same, metrics.threshold), f"{name}-scores"
+                figures.scores_figure(scored.own, scored.same, metrics.threshold), f"{name}-scores"
             ),
             "Accuracy of each fold": to_svg(figures.folds_figure(metrics), f"{name}-folds"),
         },
+        parts=[] if aligned is None else _parts(scored, metrics, aligned),
         false_matches=false_matches,
         false_non_matches=false_non_matches,
     )
 
 
-def _pairs(scored: pa.Table, rows: list[int], aligned: Path) -> list[ScoredPair]:
-    chosen = scored.take(pa.array(rows, pa.int64())).to_pylist()
-    faces = _faces(aligned, sorted({pair[side] for pair in chosen for side in ("left", "right")}))
+def _parts(scored: Scored, metrics: Metrics, aligned: Path) -> list[Part]:
+    """Accuracy where a face was found on both sides and where not, and by the size of the smaller face."""
+    names = list(dict.fromkeys([*scored.left, *scored.right]))
+    number = {name: i for i, name in enumerate(names)}
+    frames = choose_frames(aligned, names)
+    sums, counts = np.zeros(len(names)), np.zeros(len(names))
+    for path, template in zip(tables.parts(aligned), frames.template, strict=True):
+        boxes = tables.read_table(path, tables.ALIGNED, ["box"])["box"]
+        used = np.flatnonzero((template >= 0) & boxes.is_valid().to_numpy())
+        if len(used):
+            box = matrix(boxes.take(pa.array(used)))
+            np.add.at(sums, template[used], (box[:, 2:] - box[:, :2]).mean(axis=1))
+            np.add.at(counts, template[used], 1)
+    size = np.divide(sums, counts, out=np.zeros(len(names)), where=counts > 0)
+    left, right = (np.array([number[name] for name in side]) for side in (scored.left, scored.right))
+    both, smaller = frames.detected[left] & frames.detected[right], np.minimum(size[left], size[right])
+    low, high = np.quantile(smaller[both], (1 / 3, 2 / 3)) if both.any() else (0.0, 0.0)
+    groups = {
+        "a face found on both sides": both,
+        "no face found on a side": ~both,
+        f"smaller face below {low:.0f} pixels": both & (smaller < low),
+        f"{low:.0f} to {high:.0f} pixels": both & (smaller >= low) & (smaller < high),
+        f"{high:.0f} pixels and more": both & (smaller >= high),
+    }
+    right_ones = _accepted(scored, metrics) == scored.same
+    return [Part(name, int(own.sum()), float(right_ones[own].mean())) for name, own in groups.items() if own.any()]
+
+
+def _pairs(scored: Scored, rows: list[int], aligned: Path | None) -> list[ScoredPair]:
+    sides = [(scored.left[row], scored.right[row]) for row in rows]
+    faces = _faces(aligned, sorted({name for pair in sides for name in pair})) if aligned else {}
     return [
-        ScoredPair(
-            pair["left"], pair["right"], faces.get(pair["left"]), faces.get(pair["right"]), round(pair["score"], 6)
-        )
-        for pair in chosen
+        ScoredPair(left, right, faces.get(left), faces.get(right), round(float(scored.own[row]), 6))
+        for row, (left, right) in zip(rows, sides, strict=True)
     ]
 
 
@@ -261,7 +359,10 @@ def main(params: Params) -> None:
     """Build the page, and leave and print the verdict."""
     reports = Path("reports")
     page = reports / "index.html"
-    lines = [*build(reports, Path("models"), Path("data/aligned"), page, params), f"the whole report: {page}"]
+    lines = [
+        *build(reports, Path("models"), Path("data/aligned"), Path("data/embedded"), page, params),
+        f"the whole report: {page}",
+    ]
     verdict = "\n".join(lines) + "\n"
     with tables.atomic(reports / "verdict.txt") as path:
         path.write_text(verdict, encoding="utf-8")

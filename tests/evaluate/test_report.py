@@ -6,14 +6,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from pipeline.params import SETS, Local, Params
-from pipeline.tables import ALIGNED, read_parts, read_table, write_table
-from stages.evaluate import EvaluationError, verification
+from pipeline.tables import ALIGNED, read_parts, read_table
+from stages.evaluate import EvaluationError
 from stages.evaluate.report import build, worst_errors
-from stages.evaluate.scoring import SCORES
+from stages.evaluate.scoring import SCORES, Scored
 from tests.evaluate.conftest import Workspace
 
 
@@ -45,21 +44,14 @@ class Page(HTMLParser):
 
 
 def page_of(workspace: Workspace, reports: Path, out: Path, params: Params) -> str:
-    build(reports, workspace.models, workspace.aligned, out, params)
+    build(reports, workspace.models, workspace.aligned, workspace.embedded, out, params)
     return out.read_text(encoding="utf-8")
 
 
-def scored(rows: list[tuple[int, float, bool]]) -> pa.Table:
-    return pa.table(
-        {
-            "fold": [fold for fold, _, _ in rows],
-            "left": [f"left{i}" for i in range(len(rows))],
-            "right": [f"right{i}" for i in range(len(rows))],
-            "score": [score for _, score, _ in rows],
-            "same": [same for _, _, same in rows],
-        },
-        schema=SCORES,
-    )
+def scored(rows: list[tuple[int, float, bool]]) -> Scored:
+    fold, score, same = zip(*rows, strict=True)
+    names = [f"{i}" for i in range(len(rows))]
+    return Scored(names, names, np.array(same), np.array(fold, np.int32), np.array(score, np.float32))
 
 
 def test_worst_errors_are_those_furthest_on_the_wrong_side() -> None:
@@ -73,9 +65,7 @@ def test_worst_errors_are_those_furthest_on_the_wrong_side() -> None:
         rows[i] = (i // 20, score, True)
     order = rng.permutation(200)
     table = scored([rows[i] for i in order])
-    metrics = verification.evaluate(
-        table["score"].to_numpy(), table["same"].to_numpy(), table["fold"].to_numpy(), [0.1]
-    )
+    metrics = table.verification([0.1]).measure()
     false_matches, false_non_matches = worst_errors(table, metrics)
     assert [order[i] for i in false_matches] == [100, 3, 140, 41, 160, 122]
     assert [order[i] for i in false_non_matches] == [131, 11, 51]
@@ -83,9 +73,7 @@ def test_worst_errors_are_those_furthest_on_the_wrong_side() -> None:
 
 def test_errors_are_judged_by_the_threshold_of_their_fold() -> None:
     table = scored([(0, 0.2, False), (0, 0.4, True), (1, 0.5, False), (1, 0.7, True)])
-    metrics = verification.evaluate(
-        table["score"].to_numpy(), table["same"].to_numpy(), table["fold"].to_numpy(), [0.1]
-    )
+    metrics = table.verification([0.1]).measure()
     assert metrics.fold_threshold == pytest.approx((0.6, 0.3))
     assert worst_errors(table, metrics) == ([2], [1])
 
@@ -131,22 +119,24 @@ def test_page_says_what_it_was_measured_on(workspace: Workspace, reports: Path, 
     assert "Mixed data." in text
     assert "LFW-style" not in text
     assert "mine&lt;b&gt;" in text  # nothing from outside becomes markup
-    every = own.model_copy(update={"download": own.download.model_copy(update={"train": folder})})
+    rest = dict.fromkeys(("train", "probes", "distractors"), folder)
+    every = own.model_copy(update={"download": own.download.model_copy(update=rest)})
     assert "Photographs." in page_of(workspace, reports, tmp_path / "index.html", every)
 
 
 def test_page_has_the_figures(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
-    lines = build(reports, workspace.models, workspace.aligned, tmp_path / "index.html", params)
+    lines = build(reports, workspace.models, workspace.aligned, workspace.embedded, tmp_path / "index.html", params)
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert len(lines) == 2
-    for line in lines:
+    assert len(lines) == 3
+    assert re.fullmatch(r"MegaFace-style identification: .*% rank-1 among 30 distractors \(95% interval .*\)", lines[2])
+    for line in lines[:2]:
         assert line.split(": ")[1].split(" accuracy")[0] in text
     assert "1,234 faces of 8 identities" in text
     assert "4,321" in text
     assert "—<small>only 30 different pairs</small>" in text  # FAR 0.1%
     assert "train.head.margin" in text
     assert "machine.workers" not in text
-    assert text.count("<svg") == 2 * 3 + 3
+    assert text.count("<svg") == 2 * 4 + 2 + 3
 
 
 def test_page_is_the_same_every_time(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
@@ -168,11 +158,11 @@ def test_missing_history_is_named(workspace: Workspace, reports: Path, tmp_path:
         (tmp_path / name).write_bytes((workspace.models / name).read_bytes())
     (tmp_path / "history.csv").write_text("iteration,loss\n1,2\n")
     with pytest.raises(EvaluationError, match=r"history\.csv: has columns"):
-        build(reports, tmp_path, workspace.aligned, tmp_path / "index.html", params)
+        build(reports, tmp_path, workspace.aligned, workspace.embedded, tmp_path / "index.html", params)
     assert not (tmp_path / "index.html").exists()
 
 
 def test_table_of_scores_is_checked(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
-    write_table(tmp_path / "lfw" / "scores.parquet", scored([(0, 0.5, True), (1, 0.6, True)]), SCORES)
+    scored([(0, 0.5, True), (1, 0.6, True)]).write(tmp_path / "lfw" / "scores.parquet")
     with pytest.raises(EvaluationError, match="2 of the same person"):
-        build(tmp_path, workspace.models, workspace.aligned, tmp_path / "index.html", params)
+        build(tmp_path, workspace.models, workspace.aligned, workspace.embedded, tmp_path / "index.html", params)
