@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline.errors import InputError
 from pipeline.executor import choose_device, keep_memory
 from pipeline.params import CosFace, Params
 from pipeline.tables import atomic, fingerprint
@@ -27,6 +28,8 @@ from stages.train.validation import ByIdentity, ByImage
 
 log = logging.getLogger(__name__)
 
+_FEW = 16
+"""Images over which batch normalisation's statistics are poor (Wu and He, Group Normalization, ECCV 2018, Figure 1)."""
 CODE = (Path(__file__).parent, Path(__file__).parents[1] / "shard")
 
 
@@ -47,6 +50,7 @@ def run(models: Path, checkpoints_root: Path, params: Params) -> None:
 
     Raises:
         TableError: shards are absent, incomplete, or fewer than a batch.
+        InputError: several processes cannot share a batch or the identities.
         TrainingError: the loss or the gradient is no longer finite.
         Interrupted: asked to end; a checkpoint is there.
     """
@@ -64,6 +68,7 @@ def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, dev
     data = shards.hashes()
     key = fingerprint(params.train.model_dump(exclude={"data"}), data, code=CODE)
     _warn_of_bounds(classes, params)
+    _check_parts(params, ranks)
 
     checkpoints = Checkpoints(checkpoints_root, key, params.machine.checkpoints_kept, ranks)
     training = begin(params.train, classes, device, ranks)
@@ -139,6 +144,28 @@ def _write(models: Path, training: Training, params: Params, data: dict[str, str
     }
     with atomic(models / "train.json") as path:
         path.write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+
+
+def _check_parts(params: Params, ranks: Ranks) -> None:
+    """That ranks can share a batch, and what batch normalisation sees of it.
+
+    Raises:
+        InputError: parts are not equal, or of fewer than two images.
+    """
+    batch, parts = params.train.batch, params.train.micro_batches
+    images, left = divmod(batch, ranks.size * parts)
+    if left or images < 2:
+        raise InputError(
+            f"train.batch: {batch} images cannot be cut into {parts} equal parts (train.micro_batches) for each of "
+            f"{ranks.size} processes, two images at least in each"
+        )
+    if images < _FEW and ranks.size > 1:
+        log.warning(
+            "each of %d processes computes batch normalisation over %d images at a time, which is few: raise "
+            "train.batch, or lower machine.processes or train.micro_batches",
+            ranks.size,
+            images,
+        )
 
 
 def _warn_of_bounds(classes: int, params: Params) -> None:

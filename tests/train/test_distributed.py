@@ -73,8 +73,7 @@ with together(torch.device("cpu")) as (ranks, _):
         own = embeddings[mine.start : mine.stop].clone().requires_grad_()
         judged = head(own, labels[mine.start : mine.stop])
         judged.loss.backward()
-        # what DistributedDataParallel makes of it: the mean over ranks
-        gradient = collected(own.grad / ranks.size, ranks)
+        gradient = collected(own.grad, ranks)
         of_centres = collected(head.weight.grad, ranks)
         again = example(name)[0]
         again.divide(ranks)

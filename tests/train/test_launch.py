@@ -16,7 +16,9 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from pipeline.errors import InputError
 from pipeline.params import Params
 from pipeline.tables import TableError
+from stages import train
 from stages.train import launch
+from stages.train.ranks import Ranks
 from tests.conftest import ROOT
 from tests.samples import shard_section, write_shards
 
@@ -98,3 +100,21 @@ def test_a_process_for_each_gpu_and_no_more(params: Params, monkeypatch: pytest.
     assert count("cuda", 2) == 2
     with pytest.raises(InputError, match=r"machine\.processes: 8, but there are 4 GPUs"):
         count("auto", 8)
+
+
+@pytest.mark.parametrize(
+    ("batch", "parts", "size", "problem"),
+    [(48, 3, 5, r"48 images cannot be cut into 3 .* each of 5"), (16, 1, 4, ""), (128, 1, 8, "")],
+)
+def test_how_a_batch_is_shared(
+    params: Params, caplog: pytest.LogCaptureFixture, batch: int, parts: int, size: int, problem: str
+) -> None:
+    section = params.train.model_copy(update={"batch": batch, "micro_batches": parts})
+    changed = params.model_copy(update={"train": section})
+    if problem:
+        with pytest.raises(InputError, match=problem):
+            train._check_parts(changed, Ranks(0, size))
+        return
+    train._check_parts(changed, Ranks(0, size))
+    few = f"each of {size} processes computes batch normalisation over {batch // size} images"
+    assert (few in caplog.text) == (batch // size < 16)
