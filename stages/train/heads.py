@@ -35,6 +35,8 @@ from stages.train.ranks import (
 CHUNK = {"cpu": 1 << 15, "cuda": 1 << 17}
 """Classes whose similarities are held at once; with more of them, they are computed again for the gradient."""
 EPSILON = 1e-12
+_STRETCH = 1 << 20
+"""Numbers drawn at a time, a multiple of 16."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Judgement:
 class Head(nn.Module, ABC):
     """Class centres, C×D, and the loss that they pull embeddings by.
 
-    Of several ranks each holds its slice of the centres, and all have the loss of all their examples: `divide`. Part of
+    Of several ranks each holds its slice of the centres, and all have the loss of all their examples: `hold`. Part of
     the centres may stand for all: `choose`.
 
     Args:
@@ -70,27 +72,16 @@ class Head(nn.Module, ABC):
 
     def __init__(self, classes: int, embedding: int, scale: float | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(classes, embedding))
-        nn.init.xavier_normal_(self.weight)
+        self.weight = nn.Parameter(draw_centres(classes, embedding, range(classes)))
         self.scale = scale
         self.classes = classes
         self.ranks = ALONE
         self.rows: Tensor | None = None
         """Which of this rank's centres `weight` holds for the time being, in order; None: all."""
 
-    def divide(self, ranks: Ranks) -> None:
-        """Keep this rank's slice of the centres.
-
-        Raises:
-            InputError: there are fewer than two for each rank.
-        """
-        if self.classes < 2 * ranks.size:
-            raise InputError(
-                f"{self.classes} identities are too few for {ranks.size} processes: lower machine.processes"
-            )
-        self.ranks = ranks
-        mine = ranks.share(self.classes)
-        self.weight = nn.Parameter(self.weight.detach()[mine.start : mine.stop].clone())
+    def hold(self, centres: Tensor, classes: int, ranks: Ranks) -> None:
+        """Take this rank's slice, `ranks.share(classes)`, of the centres of so many classes."""
+        self.weight, self.classes, self.ranks = nn.Parameter(centres), classes, ranks
 
     def choose(self, labels: Tensor, rate: float, generator: torch.Generator) -> Tensor:
         """Rows of this rank's centres for one iteration: those of the labels, and others by chance, `rate` of all.
@@ -326,8 +317,44 @@ def chebyshev(degree: int, cosines: Tensor) -> Tensor:
     return now
 
 
-def build_head(section: params.Head, classes: int, embedding: int) -> Head:
-    """A freshly initialised head; its centres follow from torch's global random state."""
+def build_head(section: params.Head, classes: int, embedding: int, ranks: Ranks = ALONE) -> Head:
+    """A freshly initialised head, or this rank's slice of it; its centres follow from torch's global random state.
+
+    Raises:
+        InputError: there are fewer than two classes for each rank.
+    """
+    mine = _slice(classes, ranks)
+    if ranks.size == 1:
+        return _head(section, classes, embedding)
+    centres = draw_centres(classes, embedding, mine)
+    head = _head(section, 2, embedding)
+    head.hold(centres, classes, ranks)
+    return head
+
+
+def _slice(classes: int, ranks: Ranks) -> range:
+    if classes < 2 * ranks.size:
+        raise InputError(f"{classes} identities are too few for {ranks.size} processes: lower machine.processes")
+    return ranks.share(classes)
+
+
+def draw_centres(classes: int, embedding: int, wanted: range) -> Tensor:
+    """Some rows of C×D centres, drawn as nn.init.xavier_normal_ draws all of them, of which never more is held."""
+    size, first = classes * embedding, wanted.start * embedding
+    deviation = math.sqrt(2 / (classes + embedding))
+    kept, start = torch.empty(len(wanted) * embedding), 0
+    while start < size:
+        # torch draws 16 numbers at once, and so the last ones together with those before
+        stop = start + _STRETCH if size - start >= _STRETCH + 16 else size
+        drawn = torch.empty(stop - start).normal_(0, deviation)
+        low, high = max(start, first), min(stop, first + len(kept))
+        if low < high:
+            kept[low - first : high - first] = drawn[low - start : high - start]
+        start = stop
+    return kept.view(len(wanted), embedding)
+
+
+def _head(section: params.Head, classes: int, embedding: int) -> Head:
     match section:
         case params.Softmax():
             return Softmax(classes, embedding)

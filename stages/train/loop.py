@@ -170,9 +170,8 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
     model.recompute = params.recompute
     if params.compile:
         model.backbone.compile(fullgraph=True)
-    head = build_head(params.head, classes, params.backbone.embedding)
+    head = build_head(params.head, classes, params.backbone.embedding, ranks)
     if ranks.size > 1:
-        head.divide(ranks)
         made_alike(model, ranks)
         torch.manual_seed(_seed(params.seed, ranks.rank))  # or dropout would be the same on all
     head.to(device)

@@ -56,19 +56,24 @@ def example(name: str) -> tuple[heads.Head, torch.Tensor, torch.Tensor]:
     return head.train(), 3 * torch.randn(BATCH, EMBEDDING), torch.randint(CLASSES, (BATCH,))
 
 
+def divide(head: heads.Head, ranks: Ranks) -> None:
+    mine = ranks.share(CLASSES)
+    head.hold(head.weight.detach()[mine.start : mine.stop].clone(), CLASSES, ranks)
+
+
 HEADS_SCRIPT = """
 import sys
 from pathlib import Path
 import torch
 from stages.train.ranks import together, collected, summed
-from tests.train.test_distributed import example
+from tests.train.test_distributed import divide, example
 from tests.train.test_heads import MAKE
 
 found = {}
 with together(torch.device("cpu")) as (ranks, _):
     for name in MAKE:
         head, embeddings, labels = example(name)
-        head.divide(ranks)
+        divide(head, ranks)
         mine = ranks.share(len(labels))
         own = embeddings[mine.start : mine.stop].clone().requires_grad_()
         judged = head(own, labels[mine.start : mine.stop])
@@ -76,7 +81,7 @@ with together(torch.device("cpu")) as (ranks, _):
         gradient = collected(own.grad, ranks)
         of_centres = collected(head.weight.grad, ranks)
         again = example(name)[0]
-        again.divide(ranks)
+        divide(again, ranks)
         with torch.no_grad():
             evaluated = again.eval()(embeddings, labels)
         found[name] = (judged.loss.detach(), judged.own, judged.nearest, gradient, of_centres, evaluated.loss,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from pipeline import params
+from pipeline.errors import InputError
 from stages.train import heads
 from stages.train.heads import (
     AdaFace,
@@ -22,6 +23,7 @@ from stages.train.heads import (
     scale_lower_bound,
     similarities,
 )
+from stages.train.ranks import Ranks
 
 MAKE: dict[str, Callable[[int, int], Head]] = {
     "softmax": Softmax,
@@ -310,3 +312,33 @@ def test_each_section_builds_its_head() -> None:
         "AdaFace(classes=5, scale=64, margin=0.4, concentration=0.333, momentum=0.01)",
     ]
     assert [section.summary for section in sections][3:5] == ["CosFace (s = 64, m = 0.35)", "ArcFace (s = 64, m = 0.5)"]
+
+
+@pytest.mark.parametrize(("classes", "embedding"), [(10, 16), (7, 5), (3, 3), (1001, 33)])
+def test_centres_are_drawn_in_stretches_as_at_once(
+    classes: int, embedding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    whole = torch.nn.init.xavier_normal_(torch.empty(classes, embedding))
+    after = torch.get_rng_state()
+    for stretch in (16, 48, 1 << 20):
+        monkeypatch.setattr(heads, "_STRETCH", stretch)
+        for wanted in (range(classes), range(1, classes - 1), range(classes // 2, classes)):
+            torch.manual_seed(3)
+            drawn = heads.draw_centres(classes, embedding, wanted)
+            assert torch.equal(drawn, whole[wanted.start : wanted.stop])
+            assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_a_rank_builds_its_slice_of_the_head() -> None:
+    section = params.AdaFace(name="adaface", scale=64, margin=0.4, concentration=0.333, momentum=0.01)
+    torch.manual_seed(3)
+    whole = heads.build_head(section, 11, 4)
+    slices = []
+    for rank in range(3):
+        torch.manual_seed(3)
+        slices.append(heads.build_head(section, 11, 4, Ranks(rank, 3)))
+    assert torch.equal(torch.cat([head.weight for head in slices]), whole.weight)
+    assert all(head.classes == 11 and head.scale == 64 for head in slices)
+    with pytest.raises(InputError, match="5 identities are too few for 3 processes"):
+        heads.build_head(section, 5, 4, Ranks(0, 3))
