@@ -15,13 +15,19 @@ import pytest
 import ruamel.yaml
 
 ROOT = Path(__file__).parents[1]
-DATA_STAGES = {"download@train", "download@lfw", "download@ytf", "align@train", "align@lfw", "align@ytf", "shard"}
-MODEL_STAGES = {"train", "evaluate@lfw", "evaluate@ytf", "audit", "report"}
+SETS = ("train", "lfw", "ytf", "probes", "distractors")
+DATA_STAGES = {f"{stage}@{name}" for stage in ("download", "align") for name in SETS} | {"shard"}
+MODEL_STAGES = {"train", "evaluate@lfw", "evaluate@ytf", "identify", "extra", "audit", "report"}
+MODEL_STAGES |= {f"embed@{name}" for name in SETS}
 
 TINY: dict[str, dict[str, Any]] = {
     "download.train": {"identities": 10, "images": 8},
     "download.lfw": {"identities": 12, "images": 3, "folds": 2, "pairs": 12},
     "download.ytf": {"identities": 8, "images": 2, "videos": 2, "folds": 2, "pairs": 6},
+    "download.probes": {"identities": 4, "images": 3},
+    "download.distractors": {"identities": 20},
+    "evaluate": {"replicates": 100},
+    "evaluate.megaface": {"distractors": [5, 20]},
     "train": {"batch": 16, "log_every": 5, "checkpoint_every": 20},
     "train.backbone": {"embedding": 32},
     "train.schedule": {"iterations": 60, "warmup": 5, "milestones": [50]},
@@ -84,19 +90,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_output_is_there(project: Path) -> None:
     for name in ("lfw", "ytf"):
         metrics = json.loads((project / "reports" / name / "metrics.json").read_text())
-        assert set(metrics) == {
-            "accuracy",
-            "accuracy_std",
-            "accuracy_se",
-            "auc",
-            "eer",
-            "tar_at_far",
-            "threshold",
-            "pairs",
-            "undetected",
-        }
+        wanted = {"accuracy", "accuracy_std", "accuracy_se", "auc", "eer", "tar_at_far", "threshold", "pairs"}
+        assert wanted | {"undetected", "intervals", "leaked_identities"} <= set(metrics)
         assert metrics["pairs"] == {"lfw": 24, "ytf": 12}[name]
         assert metrics["tar_at_far"]["0.001"] is None  # a dozen negatives cannot resolve it
+    megaface = json.loads((project / "reports" / "megaface" / "metrics.json").read_text())
+    assert (megaface["probes"], megaface["distractors"]["20"]["impostors"]) == (12, 240)
     page = (project / "reports" / "index.html").read_text()
     assert "<html" in page
     assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", page)
@@ -104,14 +103,12 @@ def test_every_output_is_there(project: Path) -> None:
     assert {line[3:] for line in tracked} == {
         "dvc.lock",
         "models/train.json",
-        "reports/align/lfw/metrics.json",
-        "reports/align/train/metrics.json",
-        "reports/align/ytf/metrics.json",
         "reports/audit/metrics.json",
         "reports/lfw/metrics.json",
+        "reports/megaface/metrics.json",
         "reports/shard/metrics.json",
         "reports/ytf/metrics.json",
-    }
+    } | {f"reports/align/{name}/metrics.json" for name in SETS}
 
 
 def test_dvc_says_something_useful(project: Path) -> None:
@@ -134,7 +131,9 @@ def test_one_tracked_run_holds_training_and_both_evaluations(project: Path) -> N
     for name in ("lfw", "ytf"):
         metrics = json.loads((project / "reports" / name / "metrics.json").read_text())
         assert run.data.metrics[f"{name}/accuracy"] == pytest.approx(metrics["accuracy"])
-    for name in ("train", "lfw", "ytf"):
+    megaface = json.loads((project / "reports" / "megaface" / "metrics.json").read_text())
+    assert run.data.metrics["megaface/rank_1_of_20"] == pytest.approx(megaface["distractors"]["20"]["rank_1"])
+    for name in SETS:
         metrics = json.loads((project / "reports" / "align" / name / "metrics.json").read_text())
         assert run.data.metrics[f"align/{name}/detected"] == metrics["detected"] > 0
         assert run.data.metrics[f"align/{name}/residual/median"] == pytest.approx(metrics["residual"]["median"])

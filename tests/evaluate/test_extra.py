@@ -1,0 +1,138 @@
+""".bin sets and pairs of one's own."""
+
+import csv
+import json
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.params import Params
+from pipeline.tracking import NoRun
+from stages.download import synthetic
+from stages.evaluate.extra import read_bin, run
+from stages.evaluate.models import Embedder
+from stages.evaluate.scoring import Scored
+from stages.evaluate.verification import EvaluationError
+from tests.samples import HERE, face_like, jpeg
+
+BY_HAND = b"(lp0\nS'one'\np1\naS'two'\np2\naS'one'\np3\naS'one'\np4\na(lp5\nI00\naI01\na\x86p6\n."
+"""Two lists as Python 2 writes them, in protocol 0 but for the tuple: four strings; False and True."""
+
+
+def colour(images: Tensor) -> Tensor:
+    """Faces of face_like differ by colour, so that it tells identities apart."""
+    return images.float().mean(dim=(2, 3)) - 127
+
+
+MODEL = Embedder("colour", "0" * 64, 112, 3, colour)
+
+
+@pytest.fixture
+def here(params: Params) -> Params:
+    section = params.evaluate.model_copy(update={"replicates": 100, "fars": [0.1]})
+    return params.model_copy(update={"evaluate": section, "machine": HERE})
+
+
+def write_bin(path: Path, pairs: int, protocol: int) -> list[bool]:
+    same = [i % 2 == 0 for i in range(pairs)]
+    images = []
+    for i, one in enumerate(same):
+        images += [jpeg(face_like(i, 0)), jpeg(face_like(i if one else i + 1, 1))]
+    path.write_bytes(pickle.dumps((images, same), protocol))
+    return same
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_bin_is_ten_folds_of_aligned_faces(tmp_path: Path, here: Params, protocol: int) -> None:
+    (tmp_path / "in").mkdir()
+    same = write_bin(tmp_path / "in" / "cfp_fp.bin", 40, protocol)
+    (tmp_path / "in" / "README.md").write_text("passed over")
+    run(tmp_path / "in", MODEL, tmp_path / "out", here, NoRun())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["cfp_fp"]
+    metrics = json.loads((tmp_path / "out" / "cfp_fp" / "metrics.json").read_text())
+    assert (metrics["pairs"], metrics["bootstrap_over"], metrics["undetected"]) == (40, "pairs", None)
+    scored = Scored.read(tmp_path / "out" / "cfp_fp" / "scores.parquet")
+    assert scored.same.tolist() == same
+    assert scored.fold.tolist() == [i // 4 for i in range(40)]
+    images, _ = read_bin(tmp_path / "in" / "cfp_fp.bin")
+    with torch.no_grad():
+        for i in (0, 1, 39):
+            sides = []
+            for image in images[2 * i : 2 * i + 2]:
+                pixels = torch.from_numpy(cv2.imdecode(np.frombuffer(image, np.uint8), 1)[..., ::-1].copy())
+                found = colour(pixels.permute(2, 0, 1)[None])[0].double()
+                sides.append(torch.cat([found, found]))  # a mean of colours does not see a mirror
+            cosine = torch.nn.functional.cosine_similarity(sides[0], sides[1], dim=0).item()
+            assert scored.own[i] == pytest.approx(cosine, abs=1e-3)
+
+
+def test_a_bin_that_python_2_wrote(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(BY_HAND)
+    assert read_bin(tmp_path / "a.bin") == ([b"one", b"two", b"one", b"one"], [False, True])
+
+
+class _Harm:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("harm",))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (pickle.dumps(_Harm()), "asks for builtins.print, which such a file has no need of"),
+        (b"no pickle", "not a .bin of images and pairs"),
+        (b"", "not a .bin of images and pairs"),
+        (pickle.dumps([1, 2, 3]), "holds no list of images beside a list of pairs"),
+        (pickle.dumps(([b"a"], [True])), "1 images for 1 pairs, which need two each"),
+        (pickle.dumps((["a", "b"], [True])), "expected encoded images and truth values"),
+        (pickle.dumps(([b"a", b"b"], [7])), "expected encoded images and truth values"),
+    ],
+)
+def test_a_bin_with_anything_else_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, told: str
+) -> None:
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(EvaluationError, match=told):
+        read_bin(tmp_path / "a.bin")
+    assert "harm" not in capsys.readouterr().out
+
+
+def test_an_image_that_is_none_is_named(tmp_path: Path, here: Params) -> None:
+    good = jpeg(face_like(0, 0))
+    (tmp_path / "a.bin").write_bytes(pickle.dumps(([good, b"\xff\xd8 none"] * 20, [True, False] * 10)))
+    with pytest.raises(EvaluationError, match=r"a\.bin: image 1: "):
+        run(tmp_path, MODEL, tmp_path / "out", here, NoRun())
+
+
+def test_pairs_of_ones_own_photographs(tmp_path: Path, here: Params) -> None:
+    """Procedural people, and a wall: it is compared by its middle, and counted."""
+    folder = tmp_path / "in"
+    (folder / "photos").mkdir(parents=True)
+    for person in range(4):
+        for photo in range(2):
+            image = synthetic.render(9, person, photo, 160)
+            (folder / "photos" / f"{person}_{photo}.jpg").write_bytes(synthetic.encode(image, 95))
+    (folder / "photos" / "wall.jpg").write_bytes(jpeg(np.full((160, 160, 3), 120, np.uint8)))
+    rows = [(f"photos/{i}_0.jpg", f"photos/{i}_1.jpg", 1, i % 2) for i in range(4)]
+    rows += [(f"photos/{i}_0.jpg", f"photos/{(i + 1) % 4}_1.jpg", 0, i % 2) for i in range(4)]
+    rows += [("photos/0_0.jpg", "photos/wall.jpg", 0, 1)]
+    with (folder / "mine.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("left", "right", "same", "fold"), *rows])
+    run(folder, MODEL, tmp_path / "out", here, NoRun())
+    metrics = json.loads((tmp_path / "out" / "mine" / "metrics.json").read_text())
+    assert (metrics["pairs"], metrics["undetected"]) == (9, 1)
+    scored = Scored.read(tmp_path / "out" / "mine" / "scores.parquet")
+    assert list(zip(scored.left, scored.right, scored.same.astype(int), scored.fold, strict=True)) == rows
+    (folder / "photos" / "wall.jpg").unlink()
+    with pytest.raises(EvaluationError, match=r"mine\.csv: 1 photographs are not there, as .*wall\.jpg"):
+        run(folder, MODEL, tmp_path / "again", here, NoRun())
+
+
+def test_nothing_there_is_no_error(tmp_path: Path, here: Params) -> None:
+    run(tmp_path, MODEL, tmp_path / "out", here, NoRun())
+    assert list((tmp_path / "out").iterdir()) == []
