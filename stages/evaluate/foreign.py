@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.params import Evaluate
 from stages.download.protocols import Pair, read_pairs
 from stages.evaluate import scoring, uncertainty
 from stages.evaluate.features import Block
@@ -66,7 +67,7 @@ def score(
     pairs: Path,
     flip: scoring.Flip | None,
     centre: bool,
-    fars: Sequence[float],
+    params: Evaluate,
 ) -> dict[str, Any]:
     """Score foreign embeddings: what metrics.json would hold.
 
@@ -77,7 +78,7 @@ def score(
         pairs: the pair list.
         flip: what becomes of the mirror images' embeddings; where None, they are concatenated if there are any.
         centre: as in `scoring.Options`.
-        fars: at which TAR is wanted.
+        params: section evaluate of params.yaml, for false accept rates and the bootstrap.
 
     Raises:
         EvaluationError: the embeddings are unusable, or lack some that the pairs name.
@@ -88,9 +89,9 @@ def score(
     given = Embeddings(embeddings)
     options = scoring.Options(flip or ("none" if given.flip is None else "concatenate"), centre)
     scored = score_pairs(given, listed, options)
-    verification = scored.verification(fars)
-    metrics, intervals = verification.measure(), uncertainty.intervals(verification, scored.people)
-    return scoring.summary(metrics, intervals, options, undetected=None)
+    verification = scored.verification(params.fars)
+    intervals = uncertainty.intervals(verification, scored.people, replicates=params.replicates, seed=params.seed)
+    return scoring.summary(verification.measure(), intervals, options, undetected=None)
 
 
 def text(found: dict[str, Any]) -> str:

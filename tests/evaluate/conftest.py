@@ -72,7 +72,7 @@ def write_pairs(path: Path, names: list[str], count: int, folds: int) -> None:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Read it, do not write into it: it serves all tests."""
     root = tmp_path_factory.mktemp("workspace")
-    trained = Trained(root / "labels.parquet", root / "names.txt")
+    trained = Trained(root / "shards" / "labels.parquet", root / "names.txt")
     raw, aligned, embedded, models, into = (root / name for name in ("raw", "aligned", "embedded", "models", "reports"))
     made = Workspace(raw, aligned, embedded, models, into, trained)
     people = [{"label": i, "identity": f"trained{i}", "images": 4, "train": 4, "val": 0} for i in range(8)]

@@ -64,7 +64,9 @@ def test_a_bin_is_ten_folds_of_aligned_faces(tmp_path: Path, here: Params, proto
         for i in (0, 1, 39):
             sides = []
             for image in images[2 * i : 2 * i + 2]:
-                pixels = torch.from_numpy(cv2.imdecode(np.frombuffer(image, np.uint8), 1)[..., ::-1].copy())
+                decoded = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+                assert decoded is not None
+                pixels = torch.from_numpy(decoded[..., ::-1].copy())
                 found = colour(pixels.permute(2, 0, 1)[None])[0].double()
                 sides.append(torch.cat([found, found]))  # a mean of colours does not see a mirror
             cosine = torch.nn.functional.cosine_similarity(sides[0], sides[1], dim=0).item()
