@@ -30,6 +30,8 @@ __all__ = ["EvaluationError", "Trained", "run"]
 
 log = logging.getLogger(__name__)
 
+_FIGURES = ("roc.png", "det.png", "scores.png", "folds.png")
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -42,7 +44,7 @@ class Trained:
 
 
 def run(raw: Path, embedded: Path, trained: Trained | None, out: Path, params: Evaluate, tracker: NoRun) -> Metrics:
-    """Score the pairs of one set and write metrics.json, scores.parquet, roc.csv, roc.png and scores.png.
+    """Score the pairs of one set and write metrics.json, scores.parquet, roc.csv, and figures as PNG.
 
     All pairs count: an image or video without a detected face is used as its centre crop, and a pair of which one
     side has no readable image at all gets the lowest score; both are counted as `undetected`.
@@ -117,7 +119,9 @@ def measure(
         points = (f"{scoring.rounded(x)},{scoring.rounded(y)}\n" for x, y in _points(roc))
         path.write_text("far,tar\n" + "".join(points))
     save_png(figures.roc_figure(metrics), out / "roc.png")
+    save_png(figures.det_figure(metrics), out / "det.png")
     save_png(figures.scores_figure(scored.own, scored.same, metrics.threshold), out / "scores.png")
+    save_png(figures.folds_figure(metrics), out / "folds.png")
     with tables.atomic(out / "metrics.json") as path:
         path.write_text(scoring.as_json(scoring.summary(metrics, intervals, options, undetected, leaked)) + "\n")
     _track(tracker, name, out, metrics)
@@ -141,7 +145,7 @@ def _track(tracker: NoRun, name: str, out: Path, metrics: Metrics) -> None:
     values = {key: getattr(metrics, key) for key in ("accuracy_std", "accuracy_se", "threshold")}
     values |= {key: value for key, value in metrics.figures.items() if value is not None}
     tracker.log_metrics({f"{name}/{key}": value for key, value in values.items()})
-    for figure in ("roc.png", "scores.png"):
+    for figure in _FIGURES:
         tracker.log_figure(out / figure, f"{name}/{figure}")
     for file in ("metrics.json", "scores.parquet", "roc.csv"):
         tracker.log_artifact(out / file, name)

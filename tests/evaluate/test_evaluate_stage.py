@@ -25,7 +25,7 @@ from stages.train.model import load_model
 from tests.evaluate.conftest import EVALUATE, Workspace
 from tests.samples import HERE
 
-FILES = {"metrics.json", "scores.parquet", "roc.csv", "roc.png", "scores.png"}
+FILES = {"metrics.json", "scores.parquet", "roc.csv", "roc.png", "det.png", "scores.png", "folds.png"}
 KEYS = {"accuracy", "accuracy_se", "accuracy_std", "auc", "eer", "pairs", "tar_at_far", "threshold", "undetected"}
 KEYS |= {"bootstrap_over", "centre", "flip", "intervals", "leaked_identities", "unresolved"}
 
@@ -96,7 +96,7 @@ def test_again_the_same_bytes_and_tracked_by_set(workspace: Workspace, reports: 
     assert recorder.metrics["lfw/accuracy"] == pytest.approx(metrics["accuracy"], abs=1e-9)
     assert recorder.metrics["lfw/tar_at_far_0.1"] == pytest.approx(metrics["tar_at_far"]["0.1"], abs=1e-9)
     assert "lfw/tar_at_far_0.001" not in recorder.metrics  # 30 different pairs cannot resolve it
-    assert recorder.files == ["lfw/roc.png", "lfw/scores.png"]
+    assert recorder.files == ["lfw/roc.png", "lfw/det.png", "lfw/scores.png", "lfw/folds.png"]
 
 
 def test_any_model_is_evaluated_as_the_graph_does(
