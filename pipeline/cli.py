@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -241,33 +241,6 @@ def embed(
         found = embed_folder(folder, out, embedder, params, aligned=aligned, fallback=fallback)
     statuses = ", ".join(f"{count:,} {status}" for status, count in sorted(found.statuses.items()))
     print(f"{out}: {found.embedded:,} of {found.statuses.total():,} photographs ({statuses}), by {embedder.name}")
-
-
-@app.command()
-def evaluate(
-    out: Annotated[Path, typer.Option(help="A folder for the results.")],
-    model: Model = None,
-    on: Annotated[str, typer.Option(help="Some of lfw, ytf, megaface, extra, with commas between.")] = "lfw,ytf",
-) -> None:
-    """Measure any of our models on this project's sets, without retraining."""
-    from pipeline import registry
-    from pipeline.executor import choose_device
-    from pipeline.params import load_params
-    from pipeline.progress import configure_logging
-    from stages.evaluate.models import load_embedder
-    from stages.evaluate.protocols import Protocol, evaluate_model
-
-    configure_logging()
-    known: tuple[Protocol, ...] = get_args(Protocol)
-    for name in on.split(","):
-        if name not in known:
-            raise CommandError(f"--on: {name!r} is none of {', '.join(known)}")
-    protocols = [name for name in known if name in on.split(",")]
-    loaded = load_params()
-    with registry.located(model, loaded) as place:
-        embedder = load_embedder(place.path, choose_device(loaded.machine.device), place.name)
-        evaluate_model(embedder, protocols, Path("data"), Path("models"), out, loaded)
-    print(f"{out}: what {embedder.name} achieves")
 
 
 @app.command()

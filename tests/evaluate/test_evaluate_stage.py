@@ -13,17 +13,13 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from pipeline.params import Params
 from pipeline.tables import ALIGNED, EMBEDDED, LABELS, PAIRS, read_parts, read_table, write_table
 from pipeline.tracking import NoRun
 from stages.evaluate import Trained, identify, run
-from stages.evaluate.models import load_embedder
-from stages.evaluate.protocols import evaluate_model
 from stages.evaluate.scoring import SCORES
 from stages.evaluate.verification import EvaluationError
 from stages.train.model import load_model
 from tests.evaluate.conftest import EVALUATE, Workspace
-from tests.samples import HERE
 
 FILES = {"metrics.json", "scores.parquet", "roc.csv", "roc.png", "det.png", "scores.png", "folds.png"}
 KEYS = {"accuracy", "accuracy_se", "accuracy_std", "auc", "eer", "pairs", "tar_at_far", "threshold", "undetected"}
@@ -97,25 +93,6 @@ def test_again_the_same_bytes_and_tracked_by_set(workspace: Workspace, reports: 
     assert recorder.metrics["lfw/tar_at_far_0.1"] == pytest.approx(metrics["tar_at_far"]["0.1"], abs=1e-9)
     assert "lfw/tar_at_far_0.001" not in recorder.metrics  # 30 different pairs cannot resolve it
     assert recorder.files == ["lfw/roc.png", "lfw/det.png", "lfw/scores.png", "lfw/folds.png"]
-
-
-def test_any_model_is_evaluated_as_the_graph_does(
-    workspace: Workspace, reports: Path, tmp_path: Path, params: Params
-) -> None:
-    """By name or address, it is the same model; what the graph has written is not touched."""
-    model = load_embedder(workspace.models, torch.device("cpu"), "the champion")
-    clean = params.shard.clean.model_copy(update={"names": str(workspace.trained.names)})
-    section = EVALUATE.model_copy(update={"batch": 4})
-    here = params.model_copy(
-        update={"evaluate": section, "shard": params.shard.model_copy(update={"clean": clean}), "machine": HERE}
-    )
-    evaluate_model(model, ["lfw", "ytf", "megaface"], workspace.raw.parent, workspace.models, tmp_path, here)
-    for name in ("lfw", "ytf", "megaface"):
-        for path in (reports / name).iterdir():
-            assert path.read_bytes() == (tmp_path / name / path.name).read_bytes(), path
-    # of a model from elsewhere nobody knows whom it was trained on
-    evaluate_model(model, ["lfw"], workspace.raw.parent, tmp_path / "none", tmp_path / "other", here)
-    assert json.loads((tmp_path / "other" / "lfw" / "metrics.json").read_text())["leaked_identities"] is None
 
 
 def test_roc_csv_is_a_curve(reports: Path) -> None:
