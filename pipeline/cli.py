@@ -214,6 +214,34 @@ def verify_photographs(
 
 
 @app.command()
+def evaluate(
+    model: Model = None,
+    sets: Annotated[str, typer.Option(help="Some of lfw, ytf, megaface and extra, with commas.")] = "lfw,ytf,megaface",
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the results; by default evaluations/<the model's SHA-256>.")
+    ] = None,
+) -> None:
+    """Evaluate any model on the sets of this project, without training; reports/ stays as it is.
+
+    `cosface compare` then says which of two is better.
+    """
+    from pipeline import registry
+    from pipeline.executor import choose_device
+    from pipeline.params import load_params
+    from pipeline.progress import configure_logging
+    from stages.evaluate import suite
+    from stages.evaluate.models import load_embedder
+
+    configure_logging()
+    params, protocols = load_params(), [name.strip() for name in sets.split(",")]
+    with registry.located(model, params) as place:
+        embedder = load_embedder(place.path, choose_device(params.machine.device), place.name)
+        folder = out or Path("evaluations") / embedder.digest[:12]
+        suite.evaluate_model(embedder, protocols, folder, params)
+    print(f"{suite.text(folder, protocols)}\n\n{folder}: {embedder.name}")
+
+
+@app.command()
 def embed(
     folder: Annotated[Path, typer.Argument(help="Its photographs, at any depth.")],
     out: Annotated[Path, typer.Option(help="A .parquet file, or an .npz file as `cosface score` reads it.")],

@@ -214,7 +214,12 @@ def rows(path: Path) -> int:
 
 def made_by(path: Path) -> str | None:
     """The fingerprint that a Parquet file was written with; None without one."""
-    value: bytes | None = (pq.read_metadata(path).metadata or {}).get(MADE_BY.encode())
+    return metadata(path, MADE_BY)
+
+
+def metadata(path: Path, key: str) -> str | None:
+    """What a Parquet file's metadata says; None where it says nothing."""
+    value: bytes | None = (pq.read_metadata(path).metadata or {}).get(key.encode())
     return value.decode() if value else None
 
 

@@ -5,7 +5,8 @@ pairs        scoring.py         scores; verification.py and uncertainty.py: what
 strangers    identification.py  MegaFace; identify.py: its stage; extra.py: more sets of pairs
 overlap      leaks.py           people who are trained on; audit.py: what the model suspects
 pages        figures.py         curves; report.py: the page
-other models models.py          of any kind; foreign.py: embeddings from elsewhere; comparison.py: two runs
+other models models.py          of any kind; suite.py: by all protocols; foreign.py: embeddings from elsewhere
+two runs     comparison.py      which is better
 photographs  photographs.py     of one's own; verify.py: two of them
 """
 
@@ -20,10 +21,10 @@ from numpy.typing import NDArray
 from pipeline import tables
 from pipeline.pages import save_png
 from pipeline.params import Evaluate
-from pipeline.tracking import NoRun
+from pipeline.tracking import MODEL_TAG, NoRun
 from stages.evaluate import features, figures, scoring, uncertainty
 from stages.evaluate.leaks import check_leaks
-from stages.evaluate.scoring import Options, Scored
+from stages.evaluate.scoring import FLIP, Options, Scored
 from stages.evaluate.verification import EvaluationError, Metrics, Roc
 
 __all__ = ["EvaluationError", "Trained", "run"]
@@ -85,12 +86,14 @@ def run(raw: Path, embedded: Path, trained: Trained | None, out: Path, params: E
             "want of any image",
             embedded.name, undetected, lost, scoring.UNUSABLE_SCORE,
         )  # fmt: skip
-    return measure(scored, options, out, params, tracker, embedded.name, undetected, leaked)
+    model = tables.metadata(tables.parts(embedded)[0], MODEL_TAG)
+    return measure(scored, options, model, out, params, tracker, embedded.name, undetected, leaked)
 
 
 def measure(
     scored: Scored,
     options: Options,
+    model: str | None,
     out: Path,
     params: Evaluate,
     tracker: NoRun,
@@ -103,6 +106,7 @@ def measure(
     Args:
         scored: the pairs.
         options: how their scores came about.
+        model: the digest of the model whose they are; None where that is not known.
         out: folder of the results.
         params: section evaluate of params.yaml.
         tracker: the MLflow run of the model's training, or a `NoRun`.
@@ -113,7 +117,7 @@ def measure(
     verification = scored.verification(params.fars)
     metrics = verification.measure()
     intervals = uncertainty.intervals(verification, scored.people, replicates=params.replicates, seed=params.seed)
-    scored.write(out / "scores.parquet")
+    scored.write(out / "scores.parquet", {FLIP: options.flip} | ({MODEL_TAG: model} if model else {}))
     roc = figures.thin(metrics.roc)
     with tables.atomic(out / "roc.csv") as path:
         points = (f"{scoring.rounded(x)},{scoring.rounded(y)}\n" for x, y in _points(roc))

@@ -56,7 +56,7 @@ def run(folder: Path, model: Embedder, out: Path, params: Params, tracker: NoRun
     for path in files:
         scored, undetected = (_bin if path.suffix == ".bin" else _csv)(path, model, params)
         options = Options(params.evaluate.flip, params.evaluate.centre)
-        measure(scored, options, out / path.stem, params.evaluate, tracker, path.stem, undetected)
+        measure(scored, options, model.digest, out / path.stem, params.evaluate, tracker, path.stem, undetected)
     if not files:
         log.info("%s: no sets there", folder)
 

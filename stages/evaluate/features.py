@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline import tables
 from pipeline.executor import cores
 from pipeline.progress import bar
+from pipeline.tracking import MODEL_TAG
 from stages.evaluate.models import Embedder
 from stages.evaluate.verification import EvaluationError
 from stages.train.faces import FaceError, decode_face
@@ -84,7 +85,7 @@ def embed_set(aligned: Path, model: Embedder, out: Path, *, batch: int, flip: bo
                 faces = [_face(face, path, aligned) for face in part.faces[start : start + batch]]
                 found.append(embed(model, np.stack(faces), flip=flip))
                 shown.update(len(faces))
-            _write(out / path.name, part.table, np.concatenate(found))
+            _write(out / path.name, part.table, np.concatenate(found), model.digest)
 
 
 def embed(model: Embedder, faces: NDArray[np.uint8], *, flip: bool = True) -> NDArray[np.float32]:
@@ -190,15 +191,20 @@ def _face(coming: "Future[NDArray[np.uint8]]", path: Path, aligned: Path) -> NDA
         raise EvaluationError(f"{path}: {error}; delete {aligned} and run `dvc repro`") from error
 
 
-def _write(path: Path, part: pa.Table, found: NDArray[np.float32]) -> None:
-    there = part["image"].is_valid().to_numpy()
+def columns(found: NDArray[np.float32], there: NDArray[np.bool_]) -> list[pa.Array]:
+    """`emb` and `flip` of a table: features as `embed` gives them, and which rows they are of; null for the others."""
     offsets = pa.array(np.append(0, np.cumsum(there) * found.shape[2]).astype(np.int32))
 
     def lists(side: int) -> pa.Array:
         if side >= found.shape[1]:
-            return pa.nulls(len(part), tables.EMBEDDED.field("flip").type)
+            return pa.nulls(len(there), tables.EMBEDDED.field("flip").type)
         values = pa.array(np.ascontiguousarray(found[:, side]).ravel())
         return pa.ListArray.from_arrays(offsets, values, mask=pa.array(~there))
 
-    columns = [*(part[name] for name in KEYS), lists(0), lists(1)]
-    tables.write_table(path, pa.table(columns, names=tables.EMBEDDED.names), tables.EMBEDDED)
+    return [lists(0), lists(1)]
+
+
+def _write(path: Path, part: pa.Table, found: NDArray[np.float32], digest: str) -> None:
+    whole = [*(part[name] for name in KEYS), *columns(found, part["image"].is_valid().to_numpy())]
+    table = pa.table(whole, names=tables.EMBEDDED.names)
+    tables.write_table(path, table, tables.EMBEDDED, metadata={MODEL_TAG: digest})

@@ -29,7 +29,7 @@ from stages.align import GPU_WORKERS, align_images
 from stages.align.decode import UnreadableImage, decode
 from stages.download.archives import folder_members
 from stages.download.layouts import why_no_photograph
-from stages.evaluate.features import embed
+from stages.evaluate.features import columns, embed
 from stages.evaluate.models import Embedder
 from stages.train.faces import FaceError, middle
 
@@ -38,6 +38,14 @@ log = logging.getLogger(__name__)
 FORMS = (".parquet", ".npz")
 _FOUND = pa.schema([tables.ALIGNED.field(name) for name in ("status", "box", "image", "detail")])
 """What of an aligned row is passed on."""
+SCHEMA = pa.schema(
+    [
+        *(tables.EMBEDDED.field(name) for name in ("image_id", "identity", "status")),
+        *(tables.ALIGNED.field(name) for name in ("box", "detail")),
+        *(tables.EMBEDDED.field(name) for name in ("emb", "flip")),
+    ]
+)
+"""Of a .parquet file."""
 
 
 class PhotographsError(InputError):
@@ -239,20 +247,13 @@ class _Parquet:
     """A row a photograph, a row group a part."""
 
     def __init__(self, path: Path, model: Embedder) -> None:
-        vector = pa.list_(pa.float32())  # of one length, but Parquet cannot have nulls among such as are said to be
-        fields = [("image_id", pa.string()), ("identity", pa.string()), ("status", pa.string())]
-        fields += [("box", _FOUND.field("box").type), ("detail", pa.string()), ("emb", vector), ("flip", vector)]
-        self._schema = pa.schema(fields, metadata={MODEL_TAG: model.digest})
+        self._schema = SCHEMA.with_metadata({MODEL_TAG: model.digest})
         self._writer = pq.ParquetWriter(path, self._schema, compression="ZSTD", use_dictionary=["identity", "status"])
 
     def write(self, rows: list[dict[str, Any]], features: NDArray[np.float32]) -> None:
-        there = np.array([row["image"] is not None for row in rows])
-        offsets = pa.array(np.append(0, np.cumsum(there) * features.shape[2]).astype(np.int32))
-        columns = [pa.array([row[field.name] for row in rows], field.type) for field in list(self._schema)[:5]]
-        for side in (0, 1):
-            values = pa.array(features[:, side].ravel())
-            columns.append(pa.ListArray.from_arrays(offsets, values, mask=pa.array(~there)))
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
+        made = [pa.array([row[field.name] for row in rows], field.type) for field in list(self._schema)[:-2]]
+        made += columns(features, np.array([row["image"] is not None for row in rows]))
+        self._writer.write_table(pa.Table.from_arrays(made, schema=self._schema))
 
     def close(self) -> None:
         self._writer.close()

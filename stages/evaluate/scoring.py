@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import tables
-from pipeline.tracking import MODEL_TAG
 from stages.evaluate import uncertainty
 from stages.evaluate.features import Block
 from stages.evaluate.verification import EvaluationError, Flags, Floats, Metrics, Verification
@@ -32,6 +31,8 @@ SCORES = pa.schema(
         ("same", pa.bool_()),
     ]
 )
+FLIP = "flip"
+"""What the metadata of stored scores call `Options.flip`."""
 BY_FOLD = pa.field("by_fold", pa.list_(pa.float32()))
 """Of centred scores only: the pair's score with each fold's mean in turn, folds in increasing order."""
 UNUSABLE_SCORE = -1.0
@@ -95,14 +96,14 @@ class Scored:
             self.scores[..., order],
         )
 
-    def write(self, path: Path, model: str | None = None) -> None:
-        """As a table by `SCORES`, with `BY_FOLD` where the scores are centred; `model` is the digest of their model."""
+    def write(self, path: Path, about: dict[str, str] | None = None) -> None:
+        """As a table by `SCORES`, with `BY_FOLD` where the scores are centred; its metadata say what it is `about`."""
         columns = {"fold": self.fold, "left": self.left, "right": self.right, "score": self.own, "same": self.same}
         table, schema = pa.table(columns).cast(SCORES), SCORES
         if self.scores.ndim == 2:
             schema = SCORES.append(BY_FOLD)
             table = table.append_column(BY_FOLD, pa.array(list(self.scores.T), BY_FOLD.type))
-        tables.write_table(path, table, schema, metadata={MODEL_TAG: model} if model else None)
+        tables.write_table(path, table, schema, metadata=about)
 
     @classmethod
     def read(cls, path: Path) -> "Scored":

@@ -3,11 +3,11 @@
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from pipeline import tables
 from pipeline.executor import choose_device
 from pipeline.params import Params
 from pipeline.tracking import MODEL_TAG
@@ -15,7 +15,7 @@ from stages.align.decode import decode
 from stages.evaluate.features import embed
 from stages.evaluate.models import Embedder
 from stages.evaluate.photographs import align_files
-from stages.evaluate.scoring import Scored, unit
+from stages.evaluate.scoring import FLIP, Flip, Scored, unit
 from stages.evaluate.verification import EvaluationError, threshold_at
 from stages.train.faces import middle
 
@@ -63,6 +63,8 @@ class Threshold:
     """Pairs of different people that reach it ..."""
     different: int
     """... of so many."""
+    flip: Flip
+    """How those scores came about."""
     source: str
     """Whose scores they are."""
 
@@ -114,27 +116,24 @@ class Verdict:
 
 
 def verify(left: Path, right: Path, model: Embedder, params: Params, threshold: Threshold | str) -> Verdict:
-    """Compare the faces in two photographs, with the flip-test where evaluation has it.
+    """Compare the faces in two photographs, with the flip-test as the threshold's scores have it.
 
     Args:
-        threshold: as from `choose_threshold`, or why there is none.
+        threshold: as from `find_threshold`, or why there is none; then the flip-test is that of params.evaluate.
     """
     device = choose_device(params.machine.device).type
     rows = list(align_files([left, right], params.align, fallback=False, device=device))
     sides = [_side(str(path), row) for path, row in zip((left, right), rows, strict=True)]
     verdict = partial(Verdict, sides[0], sides[1], model=model.name, digest=model.digest)
+    chosen, reason = (None, threshold) if isinstance(threshold, str) else (threshold, None)
     if missing := [side.path for side in sides if side.box is None]:
         reason = f"no face to compare in {' and '.join(missing)}"
-        return verdict(
-            score=None, threshold=None if isinstance(threshold, str) else threshold, same=None, reason=reason
-        )
+        return verdict(score=None, threshold=chosen, same=None, reason=reason)
     faces = np.stack([middle(decode(row["image"]), model.width) for row in rows])
     both = embed(model, faces)
-    vectors = unit(both[:, 0], both[:, 1], params.evaluate.flip)
+    vectors = unit(both[:, 0], both[:, 1], chosen.flip if chosen else params.evaluate.flip)
     score = float(vectors[0] @ vectors[1])
-    if isinstance(threshold, str):
-        return verdict(score=score, threshold=None, same=None, reason=threshold)
-    return verdict(score=score, threshold=threshold, same=score >= threshold.value, reason=None)
+    return verdict(score=score, threshold=chosen, same=score >= chosen.value if chosen else None, reason=reason)
 
 
 def find_threshold(model: Embedder, far: float, given: Path | None, recorded: Path | None) -> Threshold | str:
@@ -154,12 +153,13 @@ def find_threshold(model: Embedder, far: float, given: Path | None, recorded: Pa
     if path == LOCAL and not path.exists():
         return f"no threshold: {path} is not there; `dvc repro` makes it, or --scores names another"
     scored = Scored.read(path)
-    made = (pq.read_metadata(path).metadata or {}).get(MODEL_TAG.encode(), b"unknown").decode()
-    if made != model.digest:
+    made = tables.metadata(path, MODEL_TAG) or "unknown"
+    flip = next((each for each in get_args(Flip) if each == tables.metadata(path, FLIP)), None)
+    if made != model.digest or flip is None:
         problem = f"{path} has the scores of another model ({made[:12]}) than {model.name} ({model.digest[:12]})"
         if given:
             raise EvaluationError(problem)
-        return f"no threshold: {problem}; `dvc repro` makes its own, --scores names others"
+        return f"no threshold: {problem}; `dvc repro` makes its own, or `cosface evaluate` for --scores"
     source = "lfw, as its run in MLflow has kept it" if path == recorded else str(path)
     if scored.scores.ndim == 2:
         return f"no threshold: the scores of {source} are centred by fold, which two photographs cannot be"
@@ -168,7 +168,7 @@ def find_threshold(model: Embedder, far: float, given: Path | None, recorded: Pa
     if value is None:
         least = f"the least is {1 / max(1, different):.2g}"
         return f"no threshold: {source} has {different:,} pairs of different people, too few for FAR {far:g}; {least}"
-    return Threshold(value, int(np.count_nonzero(score[~scored.same] >= value)), different, source)
+    return Threshold(value, int(np.count_nonzero(score[~scored.same] >= value)), different, flip, source)
 
 
 def _side(path: str, row: dict[str, Any]) -> Side:

@@ -17,7 +17,7 @@ from pipeline import cli, tables
 from pipeline.params import Params
 from pipeline.tracking import MODEL_TAG, model_digest
 from stages.evaluate.models import load_embedder
-from stages.evaluate.scoring import SCORES, Scored
+from stages.evaluate.scoring import FLIP, SCORES, Flip, Scored
 from stages.evaluate.verification import evaluate, threshold_at
 from stages.evaluate.verify import Threshold, verify
 from tests.align.scenes import FACE_CENTRE, scenes
@@ -64,7 +64,7 @@ def write_scores(path: Path, digest: str, most: float = 0.0) -> None:
     table = pa.table(
         [pa.array(column, type_) for column, type_ in zip(columns, SCORES.types, strict=True)], SCORES.names
     )
-    tables.write_table(path, table, SCORES, metadata={MODEL_TAG: digest})
+    tables.write_table(path, table, SCORES, metadata={MODEL_TAG: digest, FLIP: "concatenate"})
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ Cosface = Callable[..., tuple[int, str, str]]
 
 
 @pytest.mark.parametrize("flip", ["concatenate", "none"])
-def test_score_is_the_cosine_of_the_flip_test(project: Path, params: Params, flip: str) -> None:
+def test_score_is_the_cosine_of_the_flip_test(project: Path, params: Params, flip: Flip) -> None:
     here = params.model_copy(update={"machine": HERE, "evaluate": params.evaluate.model_copy(update={"flip": flip})})
     model = load_embedder(project / "models", CPU)
     left, right = (expected(project / f"{name}.jpg", model, here).astype(np.float64) for name in ("whole", "cut"))
@@ -96,7 +96,7 @@ def test_score_is_the_cosine_of_the_flip_test(project: Path, params: Params, fli
         left, right = left[0], right[0]
     cosine = (left * right).sum() / np.sqrt((left**2).sum() * (right**2).sum())
     for threshold, same in ((cosine - 0.001, True), (cosine + 0.001, False)):
-        chosen = Threshold(float(threshold), 1, 1000, "somewhere")
+        chosen = Threshold(float(threshold), 1, 1000, flip, "somewhere")
         verdict = verify(project / "whole.jpg", project / "cut.jpg", model, here, chosen)
         assert verdict.score == pytest.approx(cosine, abs=1e-5)
         assert verdict.same is same
@@ -180,7 +180,8 @@ def test_scores_must_be_the_model_s(cosface: Cosface, project: Path, tmp_path: P
     centred = Scored(
         ["a"] * 4, ["b"] * 4, np.arange(4) > 1, np.arange(4, dtype=np.int32) % 2, np.eye(2, 4, dtype=np.float32)
     )
-    centred.write(tmp_path / "centred.parquet", model_digest(project / "models"))
+    about = {MODEL_TAG: model_digest(project / "models"), FLIP: "none"}
+    centred.write(tmp_path / "centred.parquet", about)
     status, said, _ = cosface("verify", "whole.jpg", "cut.jpg", "--scores", str(tmp_path / "centred.parquet"))
     assert status == 2
     assert "centred by fold" in said

@@ -1,0 +1,92 @@
+"""`cosface evaluate`: any model by the protocols of this project's sets, into a folder of its own.
+
+What the stages do, by the same functions; the model is embedded with anew, and nothing that DVC tracks is touched.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import tables
+from pipeline.executor import choose_device
+from pipeline.params import PAIRED, Params
+from pipeline.tracking import NoRun, model_digest
+from stages.evaluate import Trained, extra, foreign, identify, run
+from stages.evaluate.features import embed_set
+from stages.evaluate.models import Embedder
+from stages.evaluate.verification import EvaluationError
+
+MEGAFACE = ("probes", "distractors")
+PROTOCOLS = (*PAIRED, "megaface", "extra")
+_TRACKED = ("data", "models", "reports")
+
+
+def evaluate_model(model: Embedder, protocols: Sequence[str], out: Path, params: Params) -> None:
+    """Write metrics.json and the other results of each protocol into a folder of `out` that is named after it.
+
+    Features lie in `out/embedded` afterwards. `out/model.json` says which model it was.
+
+    Args:
+        model: any model.
+        protocols: some of PROTOCOLS.
+        out: the folder.
+        params: sections align, evaluate, machine and shard.clean.names.
+
+    Raises:
+        EvaluationError: a protocol is unknown, `out` is a folder that DVC tracks, or a set cannot be evaluated.
+        TableError: a set is absent; the message says how it is made.
+    """
+    unknown = [name for name in protocols if name not in PROTOCOLS]
+    if unknown or not protocols:
+        raise EvaluationError(f"--sets: some of {', '.join(PROTOCOLS)}, not {', '.join(unknown) or 'none'}")
+    for name in _TRACKED:
+        if out.resolve().is_relative_to(Path(name).resolve()):
+            raise EvaluationError(f"--out: {out} lies in {name}, which is the pipeline's; take a folder of your own")
+    out.mkdir(parents=True, exist_ok=True)
+    with tables.atomic(out / "model.json") as path:
+        path.write_text(json.dumps({"name": model.name, "sha256": model.digest}, indent=2) + "\n")
+    trained = _trained(model, params)
+
+    def embedded(name: str) -> Path:
+        embed_set(Path("data/aligned") / name, model, out / "embedded" / name, batch=params.evaluate.batch, flip=True)
+        return out / "embedded" / name
+
+    for name in protocols:
+        if name == "megaface":
+            device = choose_device(params.machine.device)
+            probes, distractors = map(embedded, MEGAFACE)
+            identify.run(probes, distractors, trained, out / name, params.evaluate, device, NoRun())
+        elif name == "extra":
+            extra.run(Path(params.evaluate.extra), model, out / name, params, NoRun())
+        else:
+            run(Path("data/raw") / name, embedded(name), trained, out / name, params.evaluate, NoRun())
+
+
+def text(out: Path, protocols: Sequence[str]) -> str:
+    """What `evaluate_model` has found, for people."""
+    shown = []
+    for name in protocols:
+        files = sorted(out.glob("extra/*/metrics.json")) if name == "extra" else [out / name / "metrics.json"]
+        for file in files:
+            found = json.loads(file.read_text())
+            shown.append(f"{file.parent.name}\n{_megaface(found) if name == 'megaface' else foreign.text(found)}")
+    return "\n\n".join(shown)
+
+
+def _megaface(found: dict[str, Any]) -> str:
+    if "why" in found:
+        return f"not measured: {found['why']}"
+    lines = []
+    for count, each in found["distractors"].items():
+        low, high = each["intervals"]["rank_1"]
+        lines.append(f"{int(count):>9,} distractors: rank-1 {each['rank_1']:.2%}, 95% interval {low:.2%} to {high:.2%}")
+    return "\n".join(lines)
+
+
+def _trained(model: Embedder, params: Params) -> Trained | None:
+    """Whom the model has learnt from, if it is the one that was trained here; otherwise that is not known."""
+    models, labels = Path("models"), Path("data/shards/labels.parquet")
+    if not (models / "backbone.safetensors").exists() or not labels.exists() or model_digest(models) != model.digest:
+        return None
+    return Trained(labels, Path(params.shard.clean.names))

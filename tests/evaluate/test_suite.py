@@ -1,0 +1,95 @@
+"""Any model by all protocols: the same as the stages, somewhere else."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import tables
+from pipeline.params import Params
+from pipeline.tracking import MODEL_TAG
+from stages.evaluate.models import Embedder, load_embedder
+from stages.evaluate.scoring import Scored
+from stages.evaluate.suite import evaluate_model, text
+from stages.evaluate.verification import EvaluationError
+from stages.train.export import export
+from tests.evaluate.conftest import EVALUATE, Workspace
+from tests.samples import HERE
+
+CPU = torch.device("cpu")
+ALL = ("lfw", "ytf", "megaface")
+
+
+@pytest.fixture
+def project(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder laid out as this one, with the workspace's sets and model."""
+    (tmp_path / "data" / "shards").mkdir(parents=True)
+    for name, target in (
+        ("data/raw", workspace.raw),
+        ("data/aligned", workspace.aligned),
+        ("data/shards/labels.parquet", workspace.trained.labels),
+        ("models", workspace.models),
+    ):
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def here(params: Params, workspace: Workspace) -> Params:
+    clean = params.shard.clean.model_copy(update={"names": str(workspace.trained.names)})
+    shard = params.shard.model_copy(update={"clean": clean})
+    return params.model_copy(
+        update={"machine": HERE, "evaluate": EVALUATE.model_copy(update={"batch": 4}), "shard": shard}
+    )
+
+
+@pytest.fixture
+def model(workspace: Workspace) -> Embedder:
+    return load_embedder(workspace.models, CPU)
+
+
+def test_the_model_of_the_stages_gets_their_metrics(
+    project: Path, reports: Path, model: Embedder, here: Params
+) -> None:
+    """Byte by byte, in batches of the same size; and only `out` is written to."""
+    before = sorted(path for path in project.rglob("*"))
+    evaluate_model(model, ALL, project / "own", here)
+    for name in ALL:
+        assert (project / "own" / name / "metrics.json").read_bytes() == (reports / name / "metrics.json").read_bytes()
+    assert json.loads((project / "own" / "model.json").read_text()) == {"name": model.name, "sha256": model.digest}
+    assert sorted(path for path in project.rglob("*") if "own" not in path.parts[-4:]) == before
+    said = text(project / "own", ALL)
+    accuracy = json.loads((reports / "lfw" / "metrics.json").read_text())["accuracy"]
+    assert f"lfw\naccuracy             {accuracy:.2%}" in said
+    assert "megaface\n" in said
+    assert " distractors: rank-1 " in said
+
+
+def test_an_onnx_file_gets_the_same_scores(project: Path, reports: Path, workspace: Workspace, here: Params) -> None:
+    export(workspace.models, project / "model.onnx")
+    (project / "models").unlink()  # so that nothing tells whom it was trained on
+    evaluate_model(load_embedder(project / "model.onnx", CPU), ["lfw"], project / "own", here)
+    paths = [folder / "lfw" / "scores.parquet" for folder in (project / "own", reports)]
+    own, expected = (Scored.read(path).scores for path in paths)
+    np.testing.assert_allclose(own, expected, atol=1e-4)
+    digests = [tables.metadata(path, MODEL_TAG) for path in paths]
+    assert digests[0] == digests[1] == tables.sha256_file(workspace.models / "backbone.safetensors")
+    assert json.loads((project / "own" / "lfw" / "metrics.json").read_text())["leaked_identities"] is None
+
+
+def test_what_cannot_be_evaluated_is_said(project: Path, model: Embedder, here: Params) -> None:
+    for sets, out, problem in (
+        (["lfw", "cfp"], "own", "--sets: some of lfw, ytf, megaface, extra, not cfp"),
+        ([], "own", "--sets: some of lfw, ytf, megaface, extra, not none"),
+        (["lfw"], "reports", "--out: reports lies in reports, which is the pipeline's; take a folder of your own"),
+        (["lfw"], "models/new", "--out: models/new lies in models"),
+    ):
+        with pytest.raises(EvaluationError, match=problem):
+            evaluate_model(model, sets, Path(out), here)
+        assert not Path("own").exists()
+    Path("data/aligned").unlink()
+    with pytest.raises(tables.TableError, match=r"data/aligned/lfw: no part-\*\.parquet; run `dvc repro` to make them"):
+        evaluate_model(model, ["lfw"], Path("own"), here)
