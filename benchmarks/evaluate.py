@@ -1,29 +1,47 @@
 """Evaluation measured: `python benchmarks/evaluate.py [--only SECTION ...]`.
 
 scoring: 6,000 pairs of LFW's shape with the full bootstrap, beside the same by lists that repeat their pairs.
+identification: 3,530 probes among a million distractors, 512 numbers each, beside the bare matrix product.
+embedding: a set from aligned JPEGs to the table of features, beside the bare forward passes.
 The result goes to benchmarks/results/evaluate.json.
 """
 
 import argparse
 import json
+import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from pipeline import tables
 from pipeline.executor import cores
+from pipeline.params import Synthetic, load_params
+from stages import align, download
 from stages.evaluate import uncertainty
+from stages.evaluate.features import embed_set
+from stages.evaluate.identification import identify
+from stages.evaluate.models import load_embedder
 from stages.evaluate.uncertainty import REPLICATES
 from stages.evaluate.verification import Verification
+from stages.train.faces import decode_face
+from stages.train.model import build_model, save_model
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "evaluate.json"
 FARS = [0.1, 0.01, 0.001]
+PROBES, PEOPLE, LENGTH = 3530, 80, 512
+DISTRACTORS = int(os.environ.get("DISTRACTORS", "1000000"))
 ROUNDS = 5
 
 
@@ -89,10 +107,117 @@ def lfw_like() -> tuple[list[str], list[str], NDArray, NDArray, NDArray]:
     return left, right, same, np.arange(6000) // 600, scores
 
 
-SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {"scoring": scoring}
+def identification() -> dict[str, Any]:
+    """MegaFace at full size; ours and the bare product over the same blocks take turns, each in its own process."""
+    result: dict[str, Any] = {"probes": PROBES, "people": PEOPLE, "distractors": DISTRACTORS, "length": LENGTH}
+    for mates in ("at random", "alike"):
+        rounds = [{kind: _child(kind, mates) for kind in ("bare", "ours")} for _ in range(2)]
+        result[f"mates {mates}"] = {
+            "seconds": [{kind: round(found["seconds"], 1) for kind, found in each.items()} for each in rounds],
+            "times_the_bare_product": sorted(
+                round(each["ours"]["seconds"] / each["bare"]["seconds"], 3) for each in rounds
+            ),
+            "peak_gib": max(each["ours"]["peak_gib"] for each in rounds),
+            "rank_1": rounds[0]["ours"]["rank_1"],
+        }
+    return result
+
+
+def _child(kind: str, mates: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--identify", kind, mates]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def identify_once(kind: str, mates: str) -> dict[str, Any]:
+    """One contestant."""
+    random = np.random.default_rng(1)
+
+    def unit(vectors: NDArray) -> NDArray[np.float32]:
+        return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+    people = np.arange(PROBES) % PEOPLE
+    noise = random.standard_normal((PROBES, LENGTH))
+    probes = unit(noise if mates == "at random" else noise + 1.2 * random.standard_normal((PEOPLE, LENGTH))[people])
+    some = unit(random.standard_normal((1 << 15, LENGTH)))
+
+    def distractors() -> Iterator[NDArray[np.float32]]:
+        left = DISTRACTORS
+        while left:
+            signs = random.choice(np.array([-1, 1], np.float32), LENGTH)  # others each time, as random
+            for start in range(0, min(left, len(some)), 8192):
+                yield some[start : start + min(8192, left)] * signs
+            left -= min(left, len(some))
+
+    began, cpu = time.perf_counter(), torch.device("cpu")
+    share = float("nan")
+    if kind == "ours":
+        counts = [count for count in (10, 100, 1000, 10_000, 100_000, 1_000_000) if count <= DISTRACTORS]
+        share = float(identify(probes, people, distractors(), counts, [1e-6], cpu).identified()[-1])
+    else:
+        on_device, size = torch.from_numpy(probes), 1024
+        for block in distractors():
+            for start in range(0, len(block), size):
+                on_device @ torch.from_numpy(block[start : start + size]).T
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": seconds, "peak_gib": round(peak, 2), "rank_1": share}
+
+
+def embedding() -> dict[str, Any]:
+    """Images/s of a set from aligned JPEGs to the table of features, against the bare forward passes of its faces."""
+    params = load_params(ROOT / "params.yaml")
+    network = params.train.backbone
+    torch.manual_seed(1)
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        description = {"backbone": network.model_dump()}
+        save_model(work / "models", build_model(network), torch.nn.Linear(2, 2), description)
+        model = load_embedder(work / "models", torch.device("cpu"))
+        aligned = aligned_faces(work)
+        images = [
+            image for image in tables.read_parts(aligned, tables.ALIGNED, ["image"])["image"].to_pylist() if image
+        ]
+        faces = np.stack([decode_face(image, model.width) for image in images])
+        batch, rounds = params.evaluate.batch, []
+        for turn in range(ROUNDS):
+            began = time.perf_counter()
+            embed_set(aligned, model, work / f"out{turn}", batch=batch, flip=True)
+            ours, began = time.perf_counter() - began, time.perf_counter()
+            for start in range(0, len(faces), batch):
+                pixels = torch.from_numpy(faces[start : start + batch]).permute(0, 3, 1, 2)
+                for each in (pixels, pixels.flip(3)):
+                    model(each)
+            rounds.append({"ours": ours, "bare": time.perf_counter() - began})
+    return {
+        "images": len(images),
+        "backbone": network.name,
+        "share_of_the_bare_forward_pass": sorted(round(each["bare"] / each["ours"], 3) for each in rounds),
+    }
+
+
+def aligned_faces(work: Path) -> Path:
+    """2,000 procedural faces, aligned."""
+    params = load_params(ROOT / "params.yaml")
+    source = Synthetic.model_validate(params.download.probes.model_dump() | {"identities": 200, "images": 10})
+    download.run("probes", source, work / "raw", params.machine)
+    align.run(work / "raw", work / "aligned", params.align, params.machine, evaluation=True, report=work / "report")
+    return work / "aligned"
+
+
+SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "scoring": scoring,
+    "identification": identification,
+    "embedding": embedding,
+}
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--identify"]:
+        print(json.dumps(identify_once(*sys.argv[2:4])))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
@@ -100,7 +225,7 @@ def main() -> None:
         result[name] = SECTIONS[name]()
         print(name, json.dumps(result[name], indent=2), flush=True)
     result["machine"] = {"cores": cores(), "processor": platform.processor() or platform.machine()}
-    result["versions"] = {"python": platform.python_version(), "numpy": np.__version__}
+    result["versions"] = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 
 
