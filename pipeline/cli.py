@@ -187,9 +187,11 @@ def verify_photographs(
 ) -> None:
     """Say whether two photographs show the same person.
 
-    The threshold is chosen by the scores that the model's evaluation has left: those of its run in MLflow, or
-    reports/lfw/scores.parquet if they are this model's. Exit status: 0 the same person, 1 different people, 2 it cannot
-    be decided: a photograph is unreadable or without a face, there are no scores, or there was an error.
+    Exit status: 0 the same person, 1 different people, 2 it cannot be decided:
+    a photograph unreadable or without a face, no threshold, or an error.
+
+    The threshold is chosen by the scores that the model's evaluation has left:
+    of its run in MLflow, or reports/lfw/scores.parquet if they are this model's.
     """
     with _exit_status(2):
         if not 0 < far < 1:

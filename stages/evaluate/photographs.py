@@ -181,7 +181,7 @@ def _parts(photographs: Sequence[Photograph]) -> Iterator[list[Photograph]]:
 def _align(
     parts: list[list[Photograph]], scratch: Path, params: Params, fallback: bool
 ) -> Iterator[list[dict[str, Any]]]:
-    """Align by the workers, all parts; then hand them out one by one."""
+    """Align all parts, by the workers, and hand them out one by one."""
     device = choose_device(params.machine.device).type if params.machine.executor == "local" else params.machine.device
     targets = [tables.part_path(scratch.resolve(), index) for index in range(len(parts))]
     run_all(
@@ -196,14 +196,21 @@ def _align(
         sizes=[len(part) for part in parts],
         most=GPU_WORKERS if device == "cuda" else None,
     )
-    for part, target in zip(parts, targets, strict=True):
-        found = tables.read_table(target, _FOUND).to_pylist()
-        yield [_identified(photograph) | row for photograph, row in zip(part, found, strict=True)]
+    return (
+        [_identified(photograph) | row for photograph, row in zip(part, _rows(target), strict=True)]
+        for part, target in zip(parts, targets, strict=True)
+    )
+
+
+def _rows(part: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = tables.read_table(part, _FOUND).to_pylist()
+    return rows
 
 
 def _align_part(paths: list[Path], target: Path, params: Align, fallback: bool, device: str) -> None:
-    rows = align_files(paths, params, fallback=fallback, device=choose_device(device).type)
-    tables.write_table(target, pa.Table.from_pylist(list(rows), _FOUND), _FOUND)
+    rows = list(align_files(paths, params, fallback=fallback, device=choose_device(device).type))
+    if target.parent.exists():  # or the run was interrupted meanwhile, and has cleared up
+        tables.write_table(target, pa.Table.from_pylist(rows, _FOUND), _FOUND)
 
 
 def _aligned(parts: list[list[Photograph]]) -> Iterator[list[dict[str, Any]]]:

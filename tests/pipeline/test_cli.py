@@ -33,7 +33,7 @@ def assert_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
 
 def test_help_lists_the_commands(tmp_path: Path) -> None:
     said = cosface(tmp_path, "--help").stdout
-    assert all(command in said for command in ("retrain", "schedule", "ui", "recipe", "promote", "params"))
+    assert all(command in said for command in ("retrain", "schedule", "promote", "evaluate", "verify", "embed"))
 
 
 def test_nothing_slow_is_imported_for_help(tmp_path: Path) -> None:
