@@ -7,6 +7,7 @@ lies; they are aligned as those of the other sets are.
 
 import logging
 import pickle
+import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -52,7 +53,8 @@ def run(folder: Path, model: Embedder, out: Path, params: Params, tracker: NoRun
     names = [path.stem for path in files]
     if len(set(names)) < len(names):
         raise EvaluationError(f"{folder}: two sets of one name among {', '.join(path.name for path in files)}")
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     for path in files:
         scored, undetected = (_bin if path.suffix == ".bin" else _csv)(path, model, params)
         options = Options(params.evaluate.flip, params.evaluate.centre)
