@@ -4,7 +4,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
@@ -118,6 +118,8 @@ def test_loss_and_gradients_are_the_textbooks(name: str, n: int, classes: int, d
     torch.manual_seed(seed)
     x, y = 3 * torch.randn(n, dim, dtype=torch.float64), torch.randint(classes, (n,))
     w = torch.randn(classes, dim, dtype=torch.float64)
+    # An angle's slope over its cosine is infinite at 0 and π: so near to them fp32 knows no gradient
+    assume(((normalize(x) * normalize(w)[y]).sum(dim=1).abs() < 1 - 1e-4).all().item())
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 2e-3)):
         head = MAKE[name](classes, dim).to(dtype)
         head.weight.data = w.to(dtype)
