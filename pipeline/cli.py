@@ -277,7 +277,12 @@ def embed(
 def score(
     protocol: Annotated[Literal["lfw", "ytf", "csv"], typer.Argument(help="What the pair list is.")],
     embeddings: Annotated[Path, typer.Option(help="An .npz: keys (N strings), emb (N×D), perhaps flip (N×D).")],
-    pairs: Annotated[Path, typer.Option(help="pairs.txt, splits.txt, or a CSV: left, right, same, perhaps fold.")],
+    pairs: Annotated[
+        list[Path],
+        typer.Option(
+            help="pairs.txt, splits.txt, or a CSV: left, right, same, perhaps fold. Both lists of LFW's view 1."
+        ),
+    ],
     flip: Annotated[
         Literal["concatenate", "sum", "none"] | None,
         typer.Option(help="What becomes of the mirror images' embeddings; concatenate where there are some."),

@@ -46,12 +46,15 @@ def read_pairs(set_name: str, path: Path, origin: str) -> list[Pair]:
 
 
 def _lfw(lines: list[tuple[int, str]], origin: str) -> Iterator[Pair]:
-    """LFW, view 2: a header `folds<TAB>n`, then for each fold n pairs of the same person and n of different ones."""
+    """LFW: a header `folds<TAB>n`, then for each fold n pairs of the same person and n of different ones.
+
+    That is view 2. The two lists of view 1, for development, are a fold each, and have n alone for a header.
+    """
     first, header = lines[0] if lines else (1, "")
     numbers = header.split()
-    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+    if len(numbers) not in (1, 2) or not all(number.isdecimal() for number in numbers):
         raise SourceError(f"{origin}:{first}: expected a header `folds<TAB>pairs of each kind`, found {header!r}")
-    folds, each = map(int, numbers)
+    folds, each = map(int, numbers if len(numbers) == 2 else ["1", *numbers])
     if len(lines) - 1 != folds * 2 * each:
         raise SourceError(
             f"{origin}: holds {len(lines) - 1} pairs, but its header {header!r} means {folds} × 2 × {each} = "

@@ -64,7 +64,7 @@ class Embeddings:
 def score(
     protocol: Protocol,
     embeddings: Path,
-    pairs: Path,
+    pairs: Sequence[Path],
     flip: scoring.Flip | None,
     centre: bool,
     params: Evaluate,
@@ -75,7 +75,8 @@ def score(
         protocol: lfw (`pairs` is pairs.txt), ytf (splits.txt; a video's template is made of all keys
             `<person>/<video>/<frame>`, or is the key `<person>/<video>`), or csv (`read_csv`).
         embeddings: an .npz, see `Embeddings`; of any scale.
-        pairs: the pair list.
+        pairs: the pair list; or several, whose folds are counted on: LFW's view 1 is pairsDevTrain.txt and
+            pairsDevTest.txt, and its figure the accuracy of the second fold.
         flip: what becomes of the mirror images' embeddings; where None, they are concatenated if there are any.
         centre: as in `scoring.Options`.
         params: section evaluate of params.yaml, for false accept rates and the bootstrap.
@@ -85,7 +86,11 @@ def score(
         SourceError: the pair list is malformed.
         OSError: a file is absent.
     """
-    listed = read_csv(pairs) if protocol == "csv" else read_pairs(protocol, pairs, str(pairs))
+    listed: list[Pair] = []
+    for path in pairs:
+        folds = 1 + max((pair.fold for pair in listed), default=-1)
+        some = read_csv(path) if protocol == "csv" else read_pairs(protocol, path, str(path))
+        listed += [pair._replace(fold=pair.fold + folds) for pair in some]
     given = Embeddings(embeddings)
     options = scoring.Options(flip or ("none" if given.flip is None else "concatenate"), centre)
     scored = score_pairs(given, listed, options)
@@ -108,6 +113,7 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(
         [
             *lines,
+            f"by fold: {', '.join(f'{share:.2%}' for share in found['fold_accuracy'])}",
             f"{found['pairs']:,} pairs, mean threshold {found['threshold']:.4f}, bootstrap over "
             f"{found['bootstrap_over']}, flip: {found['flip']}, centre: {str(found['centre']).lower()}",
         ]

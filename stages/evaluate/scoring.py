@@ -238,6 +238,7 @@ def summary(
         "centre": options.centre,
         "eer": rounded(metrics.eer),
         "flip": options.flip,
+        "fold_accuracy": [rounded(share) for share in metrics.fold_accuracy],
         "intervals": {
             name: bounds and [rounded(bounds[0]), rounded(bounds[1])] for name, bounds in intervals.bounds.items()
         },

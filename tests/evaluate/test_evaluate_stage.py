@@ -23,7 +23,7 @@ from tests.evaluate.conftest import EVALUATE, Workspace
 
 FILES = {"metrics.json", "scores.parquet", "roc.csv", "roc.png", "det.png", "scores.png", "folds.png"}
 KEYS = {"accuracy", "accuracy_se", "accuracy_std", "auc", "eer", "pairs", "tar_at_far", "threshold", "undetected"}
-KEYS |= {"bootstrap_over", "centre", "flip", "intervals", "leaked_identities", "unresolved"}
+KEYS |= {"bootstrap_over", "centre", "flip", "fold_accuracy", "intervals", "leaked_identities", "unresolved"}
 
 
 class Recorder(NoRun):

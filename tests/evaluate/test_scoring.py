@@ -307,3 +307,21 @@ def test_pairs_that_are_not_the_same(runs: tuple[Path, Path, Scored], tmp_path: 
         comparison.stored_scores(tmp_path / "nowhere")
     with pytest.raises(EvaluationError, match="no protocol in common: A has lfw, B has cfp_fp, ytf"):
         comparison.compare_runs({"lfw": one}, {"cfp_fp": one, "ytf": one}, FARS)
+
+
+def test_view_1_of_lfw_is_two_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chosen on pairsDevTrain.txt, the threshold decides pairsDevTest.txt, and the other way round."""
+    cosines = {"A": 0.9, "B": 0.7, "C": 0.3, "D": 0.65, "E": 0.2, "F": 0.4}  # of each one's second image to all firsts
+    emb = {f"{name}/{name}_0001": np.array([1.0, 0.0]) for name in cosines}
+    emb |= {f"{name}/{name}_0002": np.array([c, (1 - c**2) ** 0.5]) for name, c in cosines.items()}
+    (tmp_path / "pairsDevTrain.txt").write_text("2\nA\t1\t2\nB\t1\t2\nA\t1\tC\t2\nB\t1\tE\t2\n")
+    (tmp_path / "pairsDevTest.txt").write_text("1\nD\t1\t2\nA\t1\tF\t2\n")
+    lists = ("--pairs", tmp_path / "pairsDevTrain.txt", "--pairs", tmp_path / "pairsDevTest.txt")
+    path = save(tmp_path / "e.npz", emb)
+    command(monkeypatch, tmp_path, "score", "lfw", "--embeddings", path, *lists, "--json")
+    found = json.loads(capsys.readouterr().out)
+    # thresholds at (0.3 + 0.7) / 2 and (0.4 + 0.65) / 2: all are right
+    assert (found["pairs"], found["fold_accuracy"]) == (6, [1.0, 1.0])
+    assert found["threshold"] == pytest.approx((0.5 + 0.525) / 2)
