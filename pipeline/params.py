@@ -260,6 +260,7 @@ class Backbone(Section):
         "ir50",
         "irse50",
         "iresnet18",
+        "iresnet18-quarter",
         "iresnet34",
         "iresnet50",
         "iresnet100",

@@ -209,6 +209,7 @@ BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {
     "irse50": partial(improved_residual, (3, 4, 14, 3), dropout=0.4, early=True, squeeze=True),
     # ArcFace's
     "iresnet18": partial(improved_residual, (2, 2, 2, 2)),
+    "iresnet18-quarter": partial(improved_residual, (2, 2, 2, 2), channels=(16, 16, 32, 64, 128)),  # of its width
     "iresnet34": partial(improved_residual, (3, 4, 6, 3)),
     "iresnet50": partial(improved_residual, (3, 4, 14, 3)),
     "iresnet100": partial(improved_residual, (3, 13, 30, 3)),
