@@ -145,7 +145,7 @@ def run(name: str, params: Params, work: Path, out: Path) -> None:
         replace_head(training, params.train.head, same_start=name == PEER)  # type: ignore[arg-type]
     key = tables.fingerprint(name, params.train.model_dump(), shards.hashes())
     checkpoints = Checkpoints(work / "checkpoints", key, kept=1)
-    found = checkpoints.newest()
+    found = None if name.startswith(PEER) else checkpoints.newest()  # a foreign head cannot go on from one
     done = 0
     if found:
         done = found.iteration

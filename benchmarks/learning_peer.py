@@ -43,7 +43,8 @@ def replace_head(training: Training, section: params.CosFace, *, same_start: boo
             some 18 times as long as ours, which by weight decay and normalisation is another rate for them.
     """
     ours = training.head.weight
-    head = MetricLearning(*ours.shape, section).to(ours.device)
+    classes, embedding = ours.shape
+    head = MetricLearning(classes, embedding, section).to(ours.device)
     if same_start:
         head.inner.W.data = ours.detach().T.contiguous()
     training.head = head.train()  # type: ignore[assignment]
