@@ -34,10 +34,12 @@ class Identification:
     score: NDArray[np.float32]
     """(M,) the mate's cosine to the probe."""
     rank: NDArray[np.int32]
-    """(C, M) of the mate in the gallery, from 1, at most RANKS + 1. A distractor that scores as high comes first."""
+    """(C, M) of the mate in the gallery, from 1, at most RANKS + 1. A distractor that scores as high, to the rounding
+    of fp32, comes first."""
     fars: tuple[float, ...]
     highest: NDArray[np.float64]
-    """(C, F) the greatest impostor score that a false accept rate rejects; NaN where impostors are too few for it."""
+    """(C, F) the greatest impostor score that a false accept rate rejects, and as much more as fp32 may have rounded it
+    by; NaN where impostors are too few for it."""
     probes: int
     """P, with and without mates: all meet the distractors."""
 
@@ -84,7 +86,8 @@ def identify(
 ) -> Identification:
     """Look for every mate of every probe among strangers.
 
-    Exact, but for the rounding of fp32 products, whatever the order or size of the blocks.
+    Exact, but for the rounding of fp32 products, whatever the order or size of the blocks. Scores that differ by no
+    more than that rounding, 4 √D 2⁻²⁴, count as equal, and so against us: features that are all alike get no credit.
 
     Args:
         probes: P×D unit vectors.
@@ -96,8 +99,13 @@ def identify(
         device: where products are computed.
 
     Raises:
-        EvaluationError: no two probes show one person, vectors are not finite, or there are too few distractors.
+        EvaluationError: no two probes show one person, vectors are not finite, lengths differ, counts do not increase,
+            or there are too few distractors.
     """
+    if len(people) != len(probes):
+        raise EvaluationError(f"{len(probes)} probes, but {len(people)} people on them")
+    if not counts or list(counts) != sorted(set(counts)) or counts[0] < 1:
+        raise EvaluationError(f"numbers of distractors must increase from 1 on, not {list(counts)}")
     people = np.unique(people, return_inverse=True)[1].reshape(-1)
     if not np.isfinite(probes).all():
         raise EvaluationError("probes: features that are not finite numbers")
@@ -106,6 +114,7 @@ def identify(
         raise EvaluationError(f"{len(people)} probes: no two of them show one person, so that there are no mates")
     on_device = torch.from_numpy(np.ascontiguousarray(probes, np.float32)).to(device)
     scores = _mates(on_device, looking, mate)
+    rounding = 4 * probes.shape[1] ** 0.5 * 2.0**-24
     best = torch.full((len(probes), RANKS), -torch.inf, device=device)
     highest = _Highest(_rejected(max(fars, default=0), len(probes) * counts[-1]), device)
     ranks, limits, seen = [], [], 0
@@ -117,8 +126,8 @@ def identify(
         highest.add(found)
         seen += len(block)
         if stop:
-            ranks.append(_ranks(best, scores, looking))
-            limits.append([highest.limit(far, len(probes) * seen) for far in fars])
+            ranks.append(_ranks(best, scores - rounding, looking))
+            limits.append([highest.limit(far, len(probes) * seen) + rounding for far in fars])
     if len(ranks) < len(counts):
         raise EvaluationError(f"evaluate.megaface.distractors: {counts[len(ranks)]}, but there are only {seen}")
     return Identification(

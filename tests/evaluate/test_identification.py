@@ -123,6 +123,26 @@ def test_no_credit_for_features_that_are_all_alike_and_all_for_perfect_ones() ->
     assert found.true_accept_rates().tolist() == [[1]]
 
 
+@pytest.mark.parametrize("length", [512, 1024])
+def test_ties_go_against_us_whatever_rounding_makes_of_them(length: int) -> None:
+    """Products of one and the same vector differ in their last bits, depending on how they are computed."""
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        alike = np.repeat(units(rng, 1, length), 20, axis=0)
+        found = identify(alike, np.repeat(np.arange(10), 2), [np.repeat(alike, 50, axis=0)], [10, 1000], [0.01], CPU)
+        assert found.identified().tolist() == [0, 0]
+        assert found.true_accept_rates().ravel().tolist() == [0, 0]
+        # each mate's copy is among the distractors, which therefore has it at the second place at best
+        probes = units(rng, 60, length)
+        found = identify(probes, np.repeat(np.arange(30), 2), [probes], [60], [], CPU)
+        exact = probes.astype(np.float64) @ probes.astype(np.float64).T
+        np.fill_diagonal(exact, 1)
+        mates = exact[np.arange(60), np.arange(60) ^ 1]
+        rows = list(zip(exact, mates, found.rank[0].tolist(), strict=True))
+        assert all(rank >= 1 + int((row >= mate).sum()) for row, mate, rank in rows)  # never better than it is
+        assert all(rank <= 1 + int((row >= mate - 2e-5).sum()) for row, mate, rank in rows)
+
+
 def test_true_accept_rates_are_scikit_learns() -> None:
     rng = np.random.default_rng(3)
     probes, strangers = units(rng, 30, 6), units(rng, 400, 6)
@@ -153,6 +173,11 @@ def test_what_cannot_be_measured_is_said() -> None:
         identify(two, np.array([0, 1]), [two], [2], [], CPU)
     with pytest.raises(EvaluationError, match="distractors: 5, but there are only 2"):
         identify(two, np.array([0, 0]), [two], [1, 5], [], CPU)
+    with pytest.raises(EvaluationError, match="2 probes, but 1 people"):
+        identify(two, np.array([0]), [two], [2], [], CPU)
+    for counts in ([], [2, 1], [0, 1]):
+        with pytest.raises(EvaluationError, match="must increase from 1 on"):
+            identify(two, np.array([0, 0]), [two], counts, [], CPU)
     with pytest.raises(EvaluationError, match="distractors: features that are not finite"):
         identify(two, np.array([0, 0]), [two * np.nan], [2], [], CPU)
     with pytest.raises(EvaluationError, match="probes: features that are not finite"):
