@@ -1,8 +1,10 @@
 """What several test folders share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.params import Params, load_params
 
@@ -14,3 +16,12 @@ def params() -> Params:
     """The repository's own params.yaml, tracking off."""
     loaded = load_params(ROOT / "params.yaml")
     return loaded.model_copy(update={"tracking": loaded.tracking.model_copy(update={"enabled": False})})
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For torch: on a busy machine, threads wait for each other longer than small work takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

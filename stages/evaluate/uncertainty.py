@@ -7,11 +7,11 @@ verification Fogliato, Patil and Perona, Confidence intervals for error rates in
 
 No such bootstrap is exact (McCullagh, Bernoulli 6, 2000), and this one errs on the side of caution: the variance of a
 product of two counts is 1 + 1 + 1, so that what is peculiar to a pair of two people counts three times, though once is
-right: on LFW, whose pairs share few people, intervals come out 1.2 to 1.7 times as wide as in repeated data sets
-(simulated on its pair list). We therefore take off twice the variance that drawing couples (the two people of such a
-pair, as one) would show, as multi-way clustered variances take off their intersection (Cameron, Gelbach and Miller,
-JBES 29, 2011): what is left of the variance of a mean is the sum of covariances over all pairs that share a person
-(Aronow, Samii and Assenova, Political Analysis 23, 2015). The percentiles are drawn in towards the figure accordingly.
+right, and intervals come out too wide, most where pairs share few people, as LFW's do. We therefore take off twice the
+variance that drawing couples (the two people of such a pair, as one) would show, as multi-way clustered variances take
+off their intersection (Cameron, Gelbach and Miller, JBES 29, 2011): what is left of the variance of a mean is the sum
+of covariances over all pairs that share a person (Aronow, Samii and Assenova, Political Analysis 23, 2015). The
+percentiles are drawn in towards the figure accordingly.
 """
 
 from collections.abc import Callable, Sequence

@@ -167,20 +167,7 @@ def gathered_parts(embeddings: Tensor) -> Tensor:
 
     So the gradient is the sum of what the ranks have.
     """
-    return cast(Tensor, cast(Any, _GatheredParts).apply(embeddings))
-
-
-class _GatheredParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor) -> Tensor:
-        ctx.count = len(embeddings)
-        return gathered(embeddings)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        start = dist.get_rank() * ctx.count
-        return summed(gradient)[start : start + ctx.count]
+    return cast(Tensor, cast(Any, _Gathered).apply(embeddings, True))
 
 
 def gathered_copies(values: Tensor) -> Tensor:
@@ -188,20 +175,21 @@ def gathered_copies(values: Tensor) -> Tensor:
 
     So each has the whole gradient.
     """
-    return cast(Tensor, cast(Any, _GatheredCopies).apply(values))
+    return cast(Tensor, cast(Any, _Gathered).apply(values, False))
 
 
-class _GatheredCopies(torch.autograd.Function):
+class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        ctx.count = len(values)
+    def forward(ctx: Any, values: Tensor, parts: bool) -> Tensor:
+        ctx.count, ctx.parts = len(values), parts
         return gathered(values)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        whole = summed(gradient) if ctx.parts else gradient
         start = dist.get_rank() * ctx.count
-        return gradient[start : start + ctx.count]
+        return whole[start : start + ctx.count], None
 
 
 def log_sum(values: Tensor) -> Tensor:
