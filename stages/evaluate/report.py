@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from pipeline import pages, tables
@@ -101,7 +102,7 @@ class Protocol:
 
 
 def build(reports: Path, models: Path, aligned: Path, embedded: Path, out: Path, params: Params) -> list[str]:
-    """Write the page and return the verdict, a line a protocol.
+    """Write the page, and map.png beside it; return the verdict, a line a protocol.
 
     Args:
         reports: folder with `align/<set>/metrics.json`, `shard/metrics.json`, `audit/metrics.json`, `megaface/`, and,
@@ -120,6 +121,8 @@ def build(reports: Path, models: Path, aligned: Path, embedded: Path, out: Path,
     extra = sorted(path.name for path in (reports / "extra").iterdir() if (path / "scores.parquet").exists())
     protocols += [_protocol(name, reports / "extra" / name, None, params) for name in extra]
     megaface = _read_json(reports / "megaface" / "metrics.json")
+    plane = _map(embedded / "lfw", params)
+    pages.save_png(plane, out.with_name("map.png"))
     pages.render(
         Path(__file__).parent / "report.html.j2",
         out,
@@ -127,7 +130,7 @@ def build(reports: Path, models: Path, aligned: Path, embedded: Path, out: Path,
         procedural=[name for name in SETS if isinstance(getattr(params.download, name), Synthetic)],
         megaface=megaface,
         cmc=_cmc(reports / "megaface" / "cmc.csv") if "why" not in megaface else None,
-        map=_map(embedded / "lfw", params),
+        map=to_svg(plane, "map"),
         trained=_read_json(models / "train.json"),
         head=params.train.head,
         backbone=params.train.backbone,
@@ -164,7 +167,7 @@ def _cmc(path: Path) -> str:
     return to_svg(figures.cmc_figure(curves), "cmc")
 
 
-def _map(embedded: Path, params: Params) -> str:
+def _map(embedded: Path, params: Params) -> Figure:
     """Faces of the people with the most photographs, brought onto a plane by t-SNE (van der Maaten and Hinton,
     2008)."""
     from sklearn.manifold import TSNE
@@ -181,7 +184,7 @@ def _map(embedded: Path, params: Params) -> str:
     perplexity = min(10.0, (len(chosen) - 1) / 3)
     plane = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=0, method="exact")
     people = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
-    return to_svg(figures.map_figure(plane.fit_transform(vectors), people), "map")
+    return figures.map_figure(plane.fit_transform(vectors), people)
 
 
 def worst_errors(scored: Scored, metrics: Metrics) -> tuple[list[int], list[int]]:
@@ -370,6 +373,7 @@ def main(params: Params) -> None:
         for name in SETS:
             tracker.log_metrics(_flat(_alignment(reports, name), f"align/{name}"))
         tracker.log_metrics(_flat(_shards(reports), "shard"))
+        tracker.log_figure(reports / "map.png", "lfw/map.png")
         tracker.log_artifact(page, "report")
     print(verdict, end="")
 
