@@ -83,6 +83,7 @@ def reference() -> dict[str, Any]:
     document["shard"]["clean"] |= {"duplicates": False, "near_duplicates": None, "same_names": False}
     document["shard"]["validation"]["share"] = 0.0
     document["train"]["backbone"]["name"] = REFERENCE
+    document["train"]["compile"] = True
     iterations = EPOCHS * IMAGES // 128
     milestones = [iterations // 2, iterations * 4 // 5]
     document["train"]["schedule"] |= {"iterations": iterations, "warmup": 0, "milestones": milestones}
