@@ -1,7 +1,7 @@
 """align: photographs become aligned faces, the five landmarks of each where the template has them.
 
 bytes         decode.py   pixels, or why there are none
-pixels        faces.py     the faces in them, and which one counts (mtcnn.py, nms.py: the detector)
+pixels        faces.py     the faces in them, and which one counts (mtcnn.py, area.py, nms.py: the detector)
 landmarks     warp.py     the aligned face
 earlier runs  earlier.py  what need not be done again
 the outcome   page.py     counts, rejections, and a page to look at
@@ -67,7 +67,7 @@ def run(raw: Path, out: Path, params: Align, machine: Machine, *, evaluation: bo
     device = choose_device(machine.device).type if local else machine.device  # each worker knows its own
     sources = tables.parts(raw)
     targets = [out / source.name for source in sources]
-    code = tuple(_CODE / f"{name}.py" for name in ("__init__", "decode", "faces", "mtcnn", "nms", "warp"))
+    code = tuple(_CODE / f"{name}.py" for name in ("__init__", "area", "decode", "faces", "mtcnn", "nms", "warp"))
     made_by = tables.fingerprint(params.model_dump(), evaluation, code=code)
     aside = out.with_name(f".{out.name}.earlier")
     with tables.locked(out):

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline import params
+from stages.align.area import shrunk
 from stages.align.nms import Overlap, suppress
 from stages.align.warp import cut
 
@@ -99,8 +100,12 @@ class _Level:
 
     owner: int
     scale: float
-    height: int
-    width: int
+    pixels: Image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.pixels.shape[0], self.pixels.shape[1]
 
 
 class Detector:
@@ -136,31 +141,31 @@ class Detector:
             step = max(1, _PIXELS[self._device.type] // (height * width))
             for start in range(0, len(members), step):
                 some = members[start : start + step]
-                candidates, which = self._cells(images, [levels[i] for i in some], height, width)
+                candidates, which = self._cells([levels[i] for i in some], height, width)
                 found.append(candidates)
                 groups.append(np.array(some)[which])
         return _join(found).suppressed(self._settings.overlaps[0], "union", np.concatenate(groups))
 
     def _pyramid(self, owner: int, image: Image) -> Iterator[_Level]:
         """Scales from the one that makes the smallest face a P-Net cell to the last that leaves a whole cell."""
-        height, width = image.shape[:2]
-        shorter = min(height, width)
+        shorter = min(image.shape[:2])
         scale = _CELL / max(self._settings.min_face, self._settings.min_face_share * shorter)
+        scales = []
         while shorter * scale >= _CELL:
-            yield _Level(owner, scale, int(np.ceil(height * scale)), int(np.ceil(width * scale)))
+            scales.append(scale)
             scale *= self._settings.factor
+        height, width = (np.ceil(np.multiply(side, scales)).astype(int).tolist() for side in image.shape[:2])
+        for scale, pixels in zip(scales, shrunk(image, zip(height, width, strict=True)), strict=True):
+            yield _Level(owner, scale, pixels)
 
-    def _cells(
-        self, images: Sequence[Image], levels: Sequence[_Level], height: int, width: int
-    ) -> tuple[_Candidates, NDArray[np.intp]]:
+    def _cells(self, levels: Sequence[_Level], height: int, width: int) -> tuple[_Candidates, NDArray[np.intp]]:
         """P-Net's candidates in some levels on canvases of (height, width), in pixels of the photographs; and the
         level that each comes from.
         """
         canvas = np.zeros((len(levels), height, width, 3), np.uint8)
         for own, level in zip(canvas, levels, strict=True):
-            size = level.width, level.height
-            own[: level.height, : level.width] = cv2.resize(images[level.owner], size, interpolation=cv2.INTER_AREA)
-        out, probability = self._pnet_maps(canvas, np.array([(level.height, level.width) for level in levels]))
+            own[: level.size[0], : level.size[1]] = level.pixels
+        out, probability = self._pnet_maps(canvas, np.array([level.size for level in levels]))
         which, y, x = (probability >= self._settings.thresholds[0]).nonzero(as_tuple=True)
         cell = torch.stack([x, y], dim=1).cpu().numpy() * _STRIDE
         scores, outputs = probability[which, y, x].cpu().numpy(), out[which, :4, y, x].cpu().numpy()
@@ -211,7 +216,7 @@ def _canvases(levels: Sequence[_Level]) -> dict[tuple[int, int], list[int]]:
     """Levels, by index, that share a canvas (height, width)."""
     canvases: dict[tuple[int, int], list[int]] = {}
     for index, level in enumerate(levels):
-        height, width = (-(-side // _GRAIN) * _GRAIN for side in (level.height, level.width))
+        height, width = (-(-side // _GRAIN) * _GRAIN for side in level.size)
         canvases.setdefault((height, width), []).append(index)
     return canvases
 
