@@ -32,11 +32,13 @@ from stages.train.ranks import (
     summed,
 )
 
-CHUNK = {"cpu": 1 << 15, "cuda": 1 << 17}
+CHUNK = 1 << 17
 """Classes whose similarities are held at once; with more of them, they are computed again for the gradient."""
 EPSILON = 1e-12
 _STRETCH = 1 << 20
 """Numbers drawn at a time, a multiple of 16."""
+_ROWS = 1 << 13
+"""Centres whose gradients are made ready at a time: what that needs beside them stays small."""
 
 
 @dataclass(frozen=True)
@@ -399,7 +401,7 @@ def similarities(
         normalised: whether centres are to be normalised.
         chunk: classes at a time; by default CHUNK.
     """
-    size = chunk or CHUNK.get(embeddings.device.type, 1 << 15)
+    size = chunk or CHUNK
     return Similarities(*cast(Any, _Similarities).apply(embeddings, weight, labels, normalised, size))
 
 
@@ -449,11 +451,9 @@ class _Similarities(torch.autograd.Function):
                 gradient.mul_(share)
                 where, here = _place(labels, start, len(centres))
                 gradient.scatter_(1, where, torch.where(here, of_own[:, None], gradient.gather(1, where)))
-                # That of normalised centres is at a right angle to them, and as much smaller as they are longer.
                 out = torch.mm(gradient.T, embeddings, out=of_weight[start : start + ctx.chunk])
                 if inverse is not None:
-                    along = torch.linalg.vecdot(out, centres) * inverse.pow(3)
-                    out.mul_(inverse[:, None]).addcmul_(centres, along[:, None], value=-1)
+                    _of_lengths(out, centres, inverse)
                     gradient.mul_(inverse)
                 of_embeddings.addmm_(gradient, centres)
         return of_embeddings, of_weight, None, None, None
@@ -470,6 +470,15 @@ def _products(embeddings: Tensor, centres: Tensor, normalised: bool) -> tuple[Te
 
 def _inverse_norms(centres: Tensor) -> Tensor:
     return centres.norm(dim=1).clamp_min(EPSILON).reciprocal()
+
+
+def _of_lengths(gradient: Tensor, centres: Tensor, inverse: Tensor) -> None:
+    """Turn the gradient of c×D normalised centres into that of the centres, in place: at a right angle to them, and as
+    much smaller as they are longer.
+    """
+    for out, some, by in zip(gradient.split(_ROWS), centres.split(_ROWS), inverse.split(_ROWS), strict=True):
+        along = torch.linalg.vecdot(out, some) * by.pow(3)
+        out.mul_(by[:, None]).addcmul_(some, along[:, None], value=-1)
 
 
 def _place(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
