@@ -1,0 +1,145 @@
+"""Choosing a recipe without a test set: `python benchmarks/choice.py --recipe FILE --name NAME`.
+
+Trains a recipe, with some values of its section train changed (`--change batch=64 augment.crop=0.6`), on the
+photographs (`--faces`: CASIA-WebFace.zip) of all but 12 % of the people, and tells how well it verifies those 12 %: by
+cosines of the concatenated embeddings of a face and its mirror image, over all pairs of their photographs, after each
+third of the training. LFW has no part in it.
+
+Each trial is kept in benchmarks/results/choice.json under its name.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ruamel.yaml import YAML
+
+from benchmarks.learning import ROOT, distinctive, prepare, settings
+from pipeline import tables
+from pipeline.executor import choose_device, cores, keep_memory
+from pipeline.params import Params
+from pipeline.progress import configure_logging
+from stages.evaluate.scoring import unit
+from stages.evaluate.verification import threshold_at
+from stages.shard.reader import Shards
+from stages.train.checkpoint import Checkpoints
+from stages.train.loader import Loader, validation_batches
+from stages.train.loop import Training, begin, train
+from stages.train.validation import auc
+
+RESULT = ROOT / "benchmarks" / "results" / "choice.json"
+SHARE = 0.12
+FAR = 0.01
+
+
+class AllPairs:
+    """Verification of people whom the model does not know."""
+
+    def __init__(self, shards: Shards, params: Params) -> None:
+        self._split, self._face, self._params = shards.split("val"), shards.index.face, params.train
+        self.found: list[dict[str, float]] = []
+
+    @torch.inference_mode()
+    def __call__(self, training: Training, device: torch.device) -> dict[str, float]:
+        """Over all pairs of images of the validation split: AUC, and TAR at a FAR of 1 %."""
+        width = self._params.backbone.width
+        embeddings, mirrored, labels = [], [], []
+        with training.judging():
+            for batch in validation_batches(self._split, self._face, 128, width, device):
+                embeddings.append(training.model(batch.images).cpu())
+                mirrored.append(training.model(batch.images.flip(3)).cpu())
+                labels.append(batch.labels.cpu())
+        features = unit(torch.cat(embeddings).numpy(), torch.cat(mirrored).numpy(), "concatenate")
+        left, right = np.triu_indices(len(features), 1)
+        person = torch.cat(labels).numpy()
+        scores, same = (features @ features.T)[left, right], person[left] == person[right]
+        threshold = threshold_at(FAR, scores, same)
+        assert threshold is not None
+        self.found.append(
+            {"auc": auc(scores[same], scores[~same]), "tar_at_far_0.01": float((scores[same] >= threshold).mean())}
+        )
+        print(self.found[-1], flush=True)
+        return {"val_auc": self.found[-1]["auc"]}
+
+
+def changed(params: Params, changes: list[str]) -> Params:
+    """With people kept back, three validations, and the changes in section train."""
+    document = params.model_dump()
+    document["shard"]["validation"] = {"by": "identity", "share": SHARE, "pairs": 6000}
+    for change in changes:
+        key, _, value = change.partition("=")
+        *sections, last = key.split(".")
+        place = document["train"]
+        for section in sections:
+            place = place[section]
+        place[last] = YAML(typ="safe").load(value)
+    document["train"]["checkpoint_every"] = max(1, document["train"]["schedule"]["iterations"] // 3)
+    return Params.model_validate(document)
+
+
+def tried(params: Params, work: Path) -> dict[str, Any]:
+    """What a trial finds."""
+    _, folder = prepare(params, work)
+    keep_memory()
+    device = choose_device(params.machine.device)
+    shards = Shards(str(folder))
+    people = np.count_nonzero(shards.identities()["train"].to_numpy())
+    training = begin(params.train, int(people), device)
+    split, face = shards.split("train"), shards.index.face
+    loader = Loader(split, face, params.train, device, cache=params.machine.cache, cache_folder=work / "decoded")
+    loader.load_state_dict({"iteration": 0})
+    verification = AllPairs(shards, params)
+    checkpoints = Checkpoints(work / "checkpoints", tables.fingerprint(params.model_dump()), kept=1)
+    started, computed = time.perf_counter(), time.process_time()
+    train(params.train, params.machine, loader, verification, training, 0, device, checkpoints, lambda *_: None)
+    checkpoints.clear()
+    return {
+        "params": distinctive(params),
+        "training": {
+            "people": int(people),
+            "images": len(split),
+            "seen": params.train.schedule.iterations * params.train.batch,
+        },
+        "kept_back": {"images": len(shards.split("val"))},
+        "after_thirds": [
+            {key: round(value, 4) for key, value in row.items()}
+            for row in [*verification.found[:2], verification.found[-1]]
+        ],
+        "loss": round(training.history[-1].loss, 3),
+        "accuracy": round(training.history[-1].accuracy, 3),
+        "seconds": round(time.perf_counter() - started),
+        "core_seconds": round(time.process_time() - computed),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faces", type=Path, default=ROOT.parent / "shared" / "faces")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "cosface-learning")
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--name", required=True, help="of the trial")
+    parser.add_argument("--change", nargs="+", default=[], metavar="KEY=VALUE", help="in section train")
+    arguments = parser.parse_args()
+    configure_logging()
+    params = changed(settings(arguments.name, arguments.recipe, arguments.faces.resolve(), 1), arguments.change)
+    trial = tried(params, arguments.work.resolve())
+    with tables.locked(arguments.work / "choice"):
+        whole = json.loads(RESULT.read_text()) if RESULT.exists() else {"trials": {}}
+        whole["machine"] = {"cores": cores(), "processor": platform.processor() or platform.machine()}
+        whole["versions"] = {"torch": version("torch")}
+        whole["trials"][arguments.name] = trial
+        with tables.atomic(RESULT) as path:
+            path.write_text(json.dumps(whole, indent=2) + "\n")
+    print(json.dumps(trial), flush=True)
+
+
+if __name__ == "__main__":
+    main()
