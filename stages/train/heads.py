@@ -37,7 +37,7 @@ CHUNK = 1 << 17
 EPSILON = 1e-12
 _STRETCH = 1 << 20
 """Numbers drawn at a time, a multiple of 16."""
-_ROWS = 1 << 13
+_ROWS = 1 << 11
 """Centres whose gradients are made ready at a time: what that needs beside them stays small."""
 
 
