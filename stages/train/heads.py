@@ -453,7 +453,7 @@ class _Similarities(torch.autograd.Function):
                 gradient.scatter_(1, where, torch.where(here, of_own[:, None], gradient.gather(1, where)))
                 out = torch.mm(gradient.T, embeddings, out=of_weight[start : start + ctx.chunk])
                 if inverse is not None:
-                    _of_lengths(out, centres, inverse)
+                    _through_normalisation(out, centres, inverse)
                     gradient.mul_(inverse)
                 of_embeddings.addmm_(gradient, centres)
         return of_embeddings, of_weight, None, None, None
@@ -472,7 +472,7 @@ def _inverse_norms(centres: Tensor) -> Tensor:
     return centres.norm(dim=1).clamp_min(EPSILON).reciprocal()
 
 
-def _of_lengths(gradient: Tensor, centres: Tensor, inverse: Tensor) -> None:
+def _through_normalisation(gradient: Tensor, centres: Tensor, inverse: Tensor) -> None:
     """Turn the gradient of c×D normalised centres into that of the centres, in place: at a right angle to them, and as
     much smaller as they are longer.
     """

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -379,7 +379,6 @@ def test_a_photograph_decoded_at_half_its_size_has_its_face_in_its_own_pixels(
     assert np.corrcoef(faces[0].ravel(), faces[1].ravel())[0, 1] > 0.95
 
 
-@settings(deadline=None)
 @given(st.integers(50, 9000), st.integers(50, 9000), st.integers(12, 600), st.floats(0, 1), st.integers(112, 4096))
 def test_no_photograph_is_reduced_below_what_detection_and_the_smallest_face_need(
     height: int, width: int, min_face: int, share: float, max_side: int

@@ -102,7 +102,7 @@ def test_what_is_found_in_a_photograph_does_not_depend_on_what_it_is_batched_wit
     assert [bits(faces) for faces in find.detect(batch[3:])] == alone[3:]
 
 
-@settings_of_hypothesis(deadline=None, max_examples=40)
+@settings_of_hypothesis(max_examples=40)
 @given(st.lists(st.tuples(st.integers(12, 90), st.integers(12, 90)), min_size=1, max_size=12), st.sampled_from([1, 2]))
 def test_a_canvas_changes_nothing_of_what_lies_on_it(sizes: list[tuple[int, int]], threads: int) -> None:
     """P-Net on photographs that share a canvas against each on the same canvas alone, to the bit, and against each
@@ -129,7 +129,6 @@ def test_a_canvas_changes_nothing_of_what_lies_on_it(sizes: list[tuple[int, int]
             assert not probability[i, :, columns:].any()
 
 
-@settings_of_hypothesis(deadline=None)
 @given(st.integers(3, 40), st.integers(3, 40), st.sampled_from([2, 3]))
 def test_pooling_is_that_of_torch(height: int, width: int, side: int) -> None:
     maps = torch.randn(2, 5, height, width).to(memory_format=torch.channels_last)

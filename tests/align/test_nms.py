@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.align import nms as module
@@ -29,7 +29,6 @@ def by_counting(
     return kept
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(box, st.sampled_from([0.1, 0.5, 0.9, 0.95, 1.0]), st.sampled_from([0, 0, 0, 7, 9])), max_size=40

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import skimage.transform
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.params import Face
@@ -20,7 +20,6 @@ def test_agrees_with_scikit_image_on_faces_that_fit_no_template_exactly() -> Non
     np.testing.assert_allclose(similarity(landmarks), expected, rtol=0, atol=1e-9)
 
 
-@settings(deadline=None)
 @given(
     st.floats(0.1, 20),
     st.floats(-np.pi, np.pi),

@@ -44,7 +44,7 @@ def brute_force(
     return ranks, rates
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10**6),
     size=st.integers(1, 90),

@@ -2,7 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
@@ -16,7 +16,6 @@ def starts(sizes: list[int]) -> np.ndarray:
     return np.cumsum([0, *sizes])
 
 
-@settings(deadline=None)
 @given(sizes=SIZES, seed=st.integers(0, 5), batch=st.integers(1, 40), first=st.integers(0, 30))
 def test_every_row_once_an_epoch_wherever_one_begins(sizes: list[int], seed: int, batch: int, first: int) -> None:
     total = sum(sizes)
@@ -30,7 +29,6 @@ def test_every_row_once_an_epoch_wherever_one_begins(sizes: list[int], seed: int
     assert (some == stream.rows(0, begin + batch)[0][begin:]).all()
 
 
-@settings(deadline=None)
 @given(sizes=SIZES, seed=st.integers(0, 5), place=st.integers(0, 500))
 def test_pools_are_what_is_read_next(sizes: list[int], seed: int, place: int) -> None:
     stream = Uniform(starts(sizes), seed)
@@ -56,7 +54,6 @@ def test_a_pool_mixes_what_the_writer_left_together() -> None:
     assert 0.04 < (groups[1:] == groups[:-1]).mean() < 0.09
 
 
-@settings(deadline=None)
 @given(
     counts=st.lists(st.integers(1, 7), min_size=2, max_size=12),
     identities=st.integers(1, 13),
