@@ -240,9 +240,12 @@ def fingerprint(*content: Any, code: tuple[Path, ...] = ()) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made where it is missing, for one writer; another live one is waited for."""
+    """Hold `folder`, made where it is missing, for one writer; another live one is waited for.
+
+    Who holds it may hold it again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -255,22 +258,28 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def resumable(folder: Path, key: str) -> Iterator[None]:
-    """Hold `folder` for one writer, keeping what an interrupted run with the same key left in it.
+def resumable(folder: Path, key: str) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` when the block ends well.
 
-    `key` is a fingerprint of all that decides the folder's content. A folder begun under another key, or
-    finished before, is emptied first. The key lies beside the folder, not in it, so that what lies in it is
-    nothing but output. Another live writer of the same folder is waited for.
+    What an interrupted run with the same key has written is in it already; what one with another key has, is removed.
+    It lies beside `folder`, where DVC does not look: whatever version of `folder` is checked out meanwhile, parts of two
+    versions never meet. Another live writer of the same folder is waited for.
+
+    Args:
+        folder: what is to be made; as it was until then.
+        key: a fingerprint of all that decides its content.
     """
-    marker = folder.with_name(f".{folder.name}.unfinished")
+    begun = folder.with_name(f".{folder.name}.unfinished")
+    unfinished = begun / key
     with locked(folder):
-        if marker.exists() and marker.read_text() == key:
+        if unfinished.exists():
             log.info("%s: going on after an interrupted run", folder)
-            for stale in folder.glob(".*.tmp"):
+            for stale in unfinished.glob(".*.tmp"):
                 stale.unlink()
-        else:
-            shutil.rmtree(folder)
-            folder.mkdir()
-            marker.write_text(key)
-        yield
-        marker.unlink()
+        elif begun.exists():
+            shutil.rmtree(begun)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        shutil.rmtree(folder)
+        unfinished.replace(folder)
+        begun.rmdir()

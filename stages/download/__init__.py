@@ -81,6 +81,7 @@ def run(
     """Write `part-NNNNN.parquet` and, for lfw and ytf, `pairs.parquet`.
 
     The same source gives the same bytes, on any number of workers; a killed run goes on with the first missing part.
+    What `out` held before stays until the new set is complete.
 
     Args:
         set_name: one of pipeline.params.SETS.
@@ -93,12 +94,13 @@ def run(
         SourceError: the source is absent, damaged, of another layout, or does not fit its pair list.
     """
     if isinstance(source, Absent):
-        with tables.resumable(out, tables.fingerprint(set_name, code=(CODE,))):
-            tables.write_table(tables.part_path(out, 0), tables.RAW.empty_table(), tables.RAW)
+        with tables.resumable(out, tables.fingerprint(set_name, code=(CODE,))) as unfinished:
+            tables.write_table(tables.part_path(unfinished, 0), tables.RAW.empty_table(), tables.RAW)
     elif isinstance(source, Synthetic):
         _run_synthetic(set_name, source, out, machine)
     else:
-        _run_photographs(set_name, source, out, downloads)
+        with tables.locked(out):  # from the first byte: who waits must not count on a file that is then discarded
+            _run_photographs(set_name, source, out, downloads)
 
 
 def _run_synthetic(set_name: str, params: Synthetic, out: Path, machine: Machine) -> None:
@@ -107,11 +109,12 @@ def _run_synthetic(set_name: str, params: Synthetic, out: Path, machine: Machine
     pairs = synthetic.protocol(params, set_name) if set_name in PAIRED else None
     for photograph in photographs:
         contents.add(_ids(photograph), photograph.image_id)
-    with tables.resumable(out, tables.fingerprint(set_name, params.model_dump(exclude={"watch"}), code=(CODE,))):
+    key = tables.fingerprint(set_name, params.model_dump(exclude={"watch"}), code=(CODE,))
+    with tables.resumable(out, key) as unfinished:
         tasks = [
             (path.resolve(), params, photographs[start : start + tables.PART_ROWS])
             for index, start in enumerate(range(0, len(photographs), tables.PART_ROWS))
-            if not (path := tables.part_path(out, index)).exists()
+            if not (path := tables.part_path(unfinished, index)).exists()
         ]
         run_all(
             _render_part,
@@ -122,7 +125,7 @@ def _run_synthetic(set_name: str, params: Synthetic, out: Path, machine: Machine
             sizes=[len(task[2]) for task in tasks],
         )
         if pairs is not None:
-            tables.write_table(out / "pairs.parquet", pairs, tables.PAIRS)
+            tables.write_table(unfinished / "pairs.parquet", pairs, tables.PAIRS)
     _report(set_name, contents, params.folds * params.pairs)
 
 
@@ -154,13 +157,13 @@ def _run_photographs(set_name: str, source: Local | Archive, out: Path, download
             raise SourceError(f"{folder}: no such folder; set {key}.location in params.yaml to where it is")
         content, members = folder_digest(folder), folder_members(folder)
     contents = Contents()
-    with tables.resumable(out, tables.fingerprint(set_name, content, code=(CODE,))):
-        _write_parts(set_name, out, _photographs(set_name, members, contents))
+    with tables.resumable(out, tables.fingerprint(set_name, content, code=(CODE,))) as unfinished:
+        _write_parts(set_name, unfinished, _photographs(set_name, members, contents))
         _check(set_name, source, contents)
         if source.pairs is not None:
             known = contents.videos if set_name == "ytf" else contents.paths
             check_pairs(pairs, known, source.pairs, source.location)
-            tables.write_table(out / "pairs.parquet", pairs_table(pairs), tables.PAIRS)
+            tables.write_table(unfinished / "pairs.parquet", pairs_table(pairs), tables.PAIRS)
     for file in obtained:
         file.discard()
     _report(set_name, contents, len(pairs))

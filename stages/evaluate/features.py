@@ -66,13 +66,14 @@ def embed_set(aligned: Path, model: Embedder, out: Path, *, batch: int, flip: bo
     """
     sources = tables.parts(aligned)
     digests = [tables.sha256_file(path) for path in sources]
+    key = tables.fingerprint(model.digest, flip, batch, digests, code=(Path(__file__),))
     with (
-        tables.resumable(out, tables.fingerprint(model.digest, flip, batch, digests, code=(Path(__file__),))),
+        tables.resumable(out, key) as unfinished,
         ThreadPoolExecutor(cores()) as decoders,
         ThreadPoolExecutor(1) as reader,
         bar(total=sum(map(tables.rows, sources)), label=f"{aligned.name}: embedding", unit="images") as shown,
     ):
-        left = [path for path in sources if not (out / path.name).exists()]
+        left = [path for path in sources if not (unfinished / path.name).exists()]
         shown.update(sum(tables.rows(path) for path in sources if path not in left))
         # The faces of the next part are decoded while the network looks at those of this one.
         coming: Future[_Part] | None = reader.submit(_read, left[0], model.width, decoders) if left else None
@@ -85,7 +86,7 @@ def embed_set(aligned: Path, model: Embedder, out: Path, *, batch: int, flip: bo
                 faces = [_face(face, path, aligned) for face in part.faces[start : start + batch]]
                 found.append(embed(model, np.stack(faces), flip=flip))
                 shown.update(len(faces))
-            _write(out / path.name, part.table, np.concatenate(found), model.digest)
+            _write(unfinished / path.name, part.table, np.concatenate(found), model.digest)
 
 
 def embed(model: Embedder, faces: NDArray[np.uint8], *, flip: bool = True) -> NDArray[np.float32]:

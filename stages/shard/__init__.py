@@ -63,7 +63,7 @@ def run(
     files = [tables.sha256_file(Path(name)) for name in (params.clean.names, params.clean.exclude)]
     decided = tables.fingerprint(reason.tolist())
     key = tables.fingerprint(params.model_dump(), face.model_dump(), inputs, files, decided, code=(_CODE,))
-    with tables.resumable(out, key):
+    with tables.resumable(out, key) as unfinished:
         about = {
             "cosface": json.dumps({"format": FORMAT, "align.face": face.model_dump(), "shard": params.model_dump()})
         }
@@ -75,7 +75,9 @@ def run(
             splits[split] = shard_files(split, len(rows), start, params.shard_rows, about | {"split": split})
             order.append(rows)
         shards = [file for of_split in splits.values() for file in of_split]
-        digests = write_shards(aligned, out, shards, np.concatenate(order), plan.label, params.row_group_rows, machine)
+        digests = write_shards(
+            aligned, unfinished, shards, np.concatenate(order), plan.label, params.row_group_rows, machine
+        )
         listed = {
             f.name: File(name=f.name, rows=f.stop - f.start, sha256=d) for f, d in zip(shards, digests, strict=True)
         }
@@ -83,15 +85,15 @@ def run(
         if params.validation.by == "identity":
             others["val_pairs"] = draw_pairs(plan.label[order[1]], params), tables.VAL_PAIRS
         for name, (table, schema) in others.items():
-            tables.write_table(out / f"{name}.parquet", table, schema)
+            tables.write_table(unfinished / f"{name}.parquet", table, schema)
         index = Index(
             format=FORMAT,
             face=face,
             row_group_rows=params.row_group_rows,
             files={split: [listed[file.name] for file in of_split] for split, of_split in splits.items()},
-            tables={f"{name}.parquet": tables.sha256_file(out / f"{name}.parquet") for name in others},
+            tables={f"{name}.parquet": tables.sha256_file(unfinished / f"{name}.parquet") for name in others},
         )
-        with tables.atomic(out / "index.json") as path:
+        with tables.atomic(unfinished / "index.json") as path:
             path.write_text(index.model_dump_json(indent=1) + "\n")
     metrics = write_page(aligned, evaluation, faces, known, plan, dropped, report)
     log.info("shards: %s", ", ".join(f"{name} {count:,}" for name, count in metrics.items() if isinstance(count, int)))

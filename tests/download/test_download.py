@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,12 @@ def folder(location: object, pairs: object = None) -> Local:
 def listed(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+def begun(out: Path) -> Path:
+    """Where an interrupted run has left its parts."""
+    (unfinished,) = out.with_name(f".{out.name}.unfinished").iterdir()
+    return unfinished
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -165,8 +173,7 @@ def test_a_killed_run_goes_on_with_the_first_missing_part(
     monkeypatch.setattr(stages.download, "_write_part", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run("train", source, tmp_path / "raw", HERE)
-    assert (tmp_path / ".raw.unfinished").exists()
-    before = {path.name: path.stat().st_mtime_ns for path in sorted((tmp_path / "raw").iterdir())}
+    before = {path.name: path.stat().st_mtime_ns for path in sorted(begun(tmp_path / "raw").iterdir())}
     monkeypatch.setattr(stages.download, "_write_part", write_part)
     run("train", source, tmp_path / "raw", HERE)
     assert list(before) == written == ["part-00000.parquet", "part-00001.parquet"]
@@ -179,7 +186,7 @@ def test_what_another_archive_began_is_not_continued(tmp_path: Path, monkeypatch
     path = zipped(tmp_path / "a.zip", {**FACES, "0000099/001.png": b"has the id of a .jpg"})
     with pytest.raises(SourceError, match="would both be"):
         run("train", archive(path), tmp_path / "raw", HERE)
-    assert len(tables.parts(tmp_path / "raw")) == 4
+    assert len(tables.parts(begun(tmp_path / "raw"))) == 4
     changed = {name: image[::-1] for name, image in FACES.items()}
     run("train", archive(zipped(path, changed)), tmp_path / "raw", HERE)
     assert tables.read_parts(tmp_path / "raw", tables.RAW).to_pydict() == expected(changed)
@@ -196,15 +203,35 @@ def test_from_an_address_nothing_fetched_stays_behind(
     downloads = tmp_path / "downloads"
     with pytest.raises(SourceError, match=r"Bob_0009 \(line 3\)"):
         run("lfw", source, tmp_path / "raw", HERE, downloads)
-    assert not (tmp_path / "raw" / "pairs.parquet").exists()
+    assert not (begun(tmp_path / "raw") / "pairs.parquet").exists()
     host.files["pairs.txt"] = PAIRS.encode()
     next(downloads.glob("*-pairs.txt")).unlink()
-    before = (tmp_path / "raw" / "part-00000.parquet").stat().st_mtime_ns
+    before = (begun(tmp_path / "raw") / "part-00000.parquet").stat().st_mtime_ns
     run("lfw", source, tmp_path / "raw", HERE, downloads)
     assert (tmp_path / "raw" / "part-00000.parquet").stat().st_mtime_ns == before
     assert tables.read_parts(tmp_path / "raw", tables.RAW).to_pydict() == expected(LFW)
     assert [path for path in downloads.iterdir() if path.suffix != ".lock"] == []
     assert [request[0] for request in host.requests].count("lfw.tgz") == 2  # the dropped one and its rest
+
+
+def test_who_waits_for_another_process_fetches_anew(
+    host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.files |= {"lfw.tgz": tarred(tmp_path / "lfw.tgz", LFW).read_bytes(), "pairs.txt": PAIRS.encode()}
+    source = archive(host.address("lfw.tgz"), host.address("pairs.txt"))
+    write_part = stages.download._write_part
+
+    def once_the_other_waits(path: Path, rows: Any) -> None:
+        while "another process is writing here" not in caplog.text:
+            time.sleep(0.01)
+        write_part(path, rows)
+
+    monkeypatch.setattr(stages.download, "_write_part", once_the_other_waits)
+    with ThreadPoolExecutor(2) as both:
+        runs = [both.submit(run, "lfw", source, tmp_path / "raw", HERE, tmp_path / "downloads") for _ in range(2)]
+        for each in runs:
+            each.result(60)
+    assert tables.read_parts(tmp_path / "raw", tables.RAW).to_pydict() == expected(LFW)
 
 
 def test_what_was_read_and_skipped_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -259,8 +286,8 @@ def test_a_source_that_cannot_be_used_is_refused_and_nothing_looks_finished(
     with pytest.raises(SourceError) as caught:
         run(set_name, archive(path, pairs), out, HERE)
     assert str(caught.value) == message.format(path).replace("PAIRS", str(pairs))
-    assert (tmp_path / ".raw.unfinished").exists()
-    assert not (out / "pairs.parquet").exists()
+    assert begun(out).exists()
+    assert not list(out.iterdir())
 
 
 def test_a_member_larger_than_a_part_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,15 +343,16 @@ def test_procedural_faces_are_rendered_part_by_part_on_any_number_of_workers(
     assert rows["image"].to_pylist() == synthetic.render_part(source, photographs)
     assert tables.read_table(out / "pairs.parquet", tables.PAIRS).equals(synthetic.protocol(source, "lfw"))
 
-    # back to what a killed run leaves: its key, and some of the parts
+    # back to what a killed run leaves: some of the parts
     before = content(out)
     assert list(before) == ["pairs.parquet", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
     key = tables.fingerprint("lfw", source.model_dump(exclude={"watch"}), code=(stages.download.CODE,))
-    (tmp_path / ".raw.unfinished").write_text(key)
     kept = tables.part_path(out, 1)
-    time = kept.stat().st_mtime_ns
+    before_it = kept.stat().st_mtime_ns
     for path in (tables.part_path(out, 0), tables.part_path(out, 2), out / "pairs.parquet"):
         path.unlink()
+    (tmp_path / ".raw.unfinished").mkdir()
+    out.rename(tmp_path / ".raw.unfinished" / key)
     run("lfw", source, out, HERE.model_copy(update={"workers": 2}))
     assert content(out) == before
-    assert kept.stat().st_mtime_ns == time
+    assert kept.stat().st_mtime_ns == before_it

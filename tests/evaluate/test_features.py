@@ -92,7 +92,8 @@ def test_a_killed_run_goes_on_with_what_is_missing(tmp_path: Path) -> None:
         try:
             embed_set(tmp_path / "aligned", model(dying), tmp_path / "out", batch=8, flip=True)
         except Killed:
-            assert len(tables.parts(tmp_path / "out")) == 2
+            (unfinished,) = (tmp_path / ".out.unfinished").iterdir()
+            assert len(tables.parts(unfinished)) == 2
     assert len(seen) == 5 + 2
     embed_set(tmp_path / "aligned", model(), tmp_path / "whole", batch=8, flip=True)
     for path in tables.parts(tmp_path / "whole"):

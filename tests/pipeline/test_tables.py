@@ -69,23 +69,48 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [path]
 
 
+def interrupted(folder: Path, key: str, label: int) -> bool:
+    """Write one part and be killed; whether an earlier run's was there."""
+    with pytest.raises(KeyboardInterrupt), resumable(folder, key) as unfinished:  # noqa: PT012
+        there = part_path(unfinished, 0).exists()
+        write_table(part_path(unfinished, 0), table(label, 1), EXAMPLES)
+        (unfinished / ".part-00001.parquet.99.tmp").write_text("half")
+        raise KeyboardInterrupt
+    return there
+
+
 def test_resumable_keeps_unfinished_work_of_the_same_key_only(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    for key, kept in (("a", False), ("a", True), ("b", False)):
-        with pytest.raises(KeyboardInterrupt), resumable(folder, key):  # noqa: PT012
-            assert part_path(folder, 0).exists() is kept
-            write_table(part_path(folder, 0), table(0, 1), EXAMPLES)
-            (folder / ".part-00001.parquet.99.tmp").write_text("half")
-            raise KeyboardInterrupt
-    with resumable(folder, "b"):
-        assert [path.name for path in folder.iterdir()] == ["part-00000.parquet"]
-    with resumable(folder, "b"):  # finished: whoever runs it again wants it anew
-        assert not list(folder.iterdir())
+    assert [interrupted(folder, key, 0) for key in "aab"] == [False, True, False]
+    with resumable(folder, "b") as unfinished:
+        assert [path.name for path in unfinished.iterdir()] == ["part-00000.parquet"]
+    assert [path.name for path in folder.iterdir()] == ["part-00000.parquet"]
+    with resumable(folder, "b") as unfinished:  # finished: whoever runs it again wants it anew
+        assert not list(unfinished.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
+
+
+def test_a_finished_folder_stays_until_its_successor_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with resumable(folder, "a") as unfinished:
+        write_table(part_path(unfinished, 0), table(0, 2), EXAMPLES)
+    interrupted(folder, "b", 7)
+    assert read_parts(folder, EXAMPLES)["label"].to_pylist() == [0, 1]
+
+
+def test_parts_of_a_version_checked_out_meanwhile_are_not_taken_for_ours(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    interrupted(folder, "a", 7)
+    for index in range(3):  # as `dvc checkout` does
+        write_table(part_path(folder, index), table(index, 1), EXAMPLES)
+    with resumable(folder, "a") as unfinished:
+        assert read_parts(unfinished, EXAMPLES)["label"].to_pylist() == [7]
+    assert read_parts(folder, EXAMPLES)["label"].to_pylist() == [7]
 
 
 def _hold(folder: Path) -> None:
-    with resumable(folder, "a"):
-        part_path(folder, 0).touch()
+    with resumable(folder, "a") as unfinished:
+        part_path(unfinished, 0).touch()
         time.sleep(60)
 
 
@@ -93,14 +118,14 @@ def test_a_killed_writer_frees_the_folder_and_leaves_its_parts(tmp_path: Path) -
     process = multiprocessing.get_context("spawn").Process(target=_hold, args=(tmp_path / "out",))
     process.start()
     deadline = time.monotonic() + 30
-    while not part_path(tmp_path / "out", 0).exists():
+    while not list(tmp_path.glob(".out.unfinished/*/part-*")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert process.pid
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    with resumable(tmp_path / "out", "a"):
-        assert part_path(tmp_path / "out", 0).exists()
+    with resumable(tmp_path / "out", "a") as unfinished:
+        assert part_path(unfinished, 0).exists()
 
 
 def test_fingerprint_sees_values_and_code(tmp_path: Path) -> None:

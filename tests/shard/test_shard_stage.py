@@ -84,12 +84,12 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatc
     monkeypatch.setattr(writer, "_gather", dying)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "cut")
-    assert len(list((tmp_path / "cut").glob("*.parquet"))) == 3
-    assert not (tmp_path / "cut" / "index.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("*.parquet")}
+    assert not list((tmp_path / "cut").iterdir())
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".cut.unfinished/*/*.parquet")}
+    assert len(kept) == 3
     monkeypatch.setattr(writer, "_gather", gather)
     assert run(tmp_path, "cut") == one
-    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert all((tmp_path / "cut" / name).stat().st_mtime_ns == time for name, time in kept.items())
 
 
 def test_classes_are_mixed_in_every_shard(tmp_path: Path) -> None:
