@@ -262,8 +262,8 @@ def resumable(folder: Path, key: str) -> Iterator[Path]:
     """A folder to fill, which takes the place of `folder` when the block ends well.
 
     What an interrupted run with the same key has written is in it already; what one with another key has, is removed.
-    It lies beside `folder`, where DVC does not look: whatever version of `folder` is checked out meanwhile, parts of two
-    versions never meet. Another live writer of the same folder is waited for.
+    It lies beside `folder`, where DVC does not look: whatever version of `folder` is checked out meanwhile, parts of
+    two versions never meet. Another live writer of the same folder is waited for.
 
     Args:
         folder: what is to be made; as it was until then.

@@ -23,10 +23,10 @@ from pipeline.executor import run_all
 from pipeline.params import PAIRED, Absent, Archive, Given, Local, Machine, Synthetic, local_path
 from pipeline.progress import progress
 from stages.download import synthetic
-from stages.download.archives import Member, archive_members, folder_digest, folder_members
+from stages.download.archives import Kind, Member, archive_members, folder_digest, folder_members
 from stages.download.errors import SourceError
 from stages.download.fetch import Obtained, Wanted, obtain
-from stages.download.layouts import EXPECTED, Ids, ids, why_skipped
+from stages.download.layouts import EXPECTED, HARMLESS, Ids, ids, why_skipped
 from stages.download.protocols import Pair, check_pairs, pairs_table, read_pairs
 
 __all__ = ["SourceError", "run"]
@@ -34,6 +34,7 @@ __all__ = ["SourceError", "run"]
 log = logging.getLogger(__name__)
 
 CODE = Path(__file__).parent
+_NO_FILES: dict[Kind, str] = {"link": "links, which are not followed", "device": "devices"}
 
 
 @dataclass
@@ -45,9 +46,9 @@ class Contents:
     identities: set[str] = field(default_factory=set)
     videos: set[str] = field(default_factory=set)
     skipped: Counter[str] = field(default_factory=Counter)
-    """How many members were no photographs, by reason."""
-    examples: list[str] = field(default_factory=list)
-    """The first files that were skipped."""
+    """How many members were passed over, by reason."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first of them for each reason, as Python writes it: an archive may name what is none of ours as it likes."""
 
     def add(self, found: Ids, path: str) -> None:
         """Take note of an image.
@@ -64,11 +65,10 @@ class Contents:
         if found.video is not None:
             self.videos.add(found.video)
 
-    def skip(self, reason: str, member: Member) -> None:
-        """Take note of a member that is no photograph."""
+    def skip(self, reason: str, name: str) -> None:
+        """Take note of a member that is passed over."""
         self.skipped[reason] += 1
-        if member.regular and len(self.examples) < 3:
-            self.examples.append(member.name)
+        self.examples.setdefault(reason, repr(name))
 
 
 def run(
@@ -172,10 +172,17 @@ def _run_photographs(set_name: str, source: Local | Archive, out: Path, download
 def _photographs(set_name: str, members: Iterable[Member], contents: Contents) -> Iterator[tuple[Ids, Member]]:
     """The photographs among the members, with their ids; all that is met goes into `contents`."""
     for member in members:
-        reason = why_skipped(set_name, member.name) if member.regular else "folders, links and devices"
-        if reason is not None:
-            contents.skip(reason, member)
+        if member.kind == "folder":
             continue
+        reason = _NO_FILES.get(member.kind) or why_skipped(set_name, member.name)
+        if reason is not None:
+            contents.skip(reason, member.name)
+            continue
+        if member.kind == "hard link":
+            raise SourceError(
+                f"{member.source}: {member.name!r} is a hard link to another member, which is not read; pack the "
+                "photographs with `tar --hard-dereference`"
+            )
         try:
             found = ids(set_name, member.name)
             contents.add(found, member.name)
@@ -225,8 +232,10 @@ def _write_part(path: Path, rows: list[tuple[Ids, bytes]]) -> None:
 def _check(set_name: str, source: Local | Archive, contents: Contents) -> None:
     """Refuse a source that holds nothing to work with."""
     if not contents.paths:
-        found = ", ".join(contents.examples) or "no files"
-        raise SourceError(f"{source.location}: no images; expected .../{EXPECTED[set_name]}, found {found}")
+        found = "; ".join(f"{n:,} {why}, as {contents.examples[why]}" for why, n in contents.skipped.most_common())
+        raise SourceError(
+            f"{source.location}: no images; expected .../{EXPECTED[set_name]}, found {found or 'no files'}"
+        )
     if set_name == "train" and len(contents.identities) < 2:
         raise SourceError(
             f"{source.location}: only one identity, {min(contents.identities)}; training needs at least 2. "
@@ -239,5 +248,6 @@ def _report(set_name: str, contents: Contents, pairs: int) -> None:
     counts += [f"{len(contents.videos):,} videos"] if contents.videos else []
     counts += [f"{pairs:,} pairs"] if pairs else []
     log.info("%s: %s", set_name, ", ".join(counts))
-    if contents.skipped:
-        log.info("%s: skipped %s", set_name, ", ".join(f"{n:,} {why}" for why, n in contents.skipped.most_common()))
+    for reason, n in contents.skipped.most_common():
+        level = logging.INFO if reason in HARMLESS else logging.WARNING
+        log.log(level, "%s: passed over %s %s, as %s", set_name, f"{n:,}", reason, contents.examples[reason])

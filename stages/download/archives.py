@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from stages.download.errors import SourceError
 
@@ -29,6 +29,10 @@ _BROKEN = (
 _CHUNK = 1 << 20
 
 
+Kind = Literal["file", "folder", "link", "hard link", "device"]
+"""Of a member. A hard link in a tar names an earlier member that has the content."""
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """Something in a folder or archive."""
@@ -38,8 +42,7 @@ class Member:
     """Path inside the source, folders separated by `/`."""
     size: int
     """In bytes, as the source says."""
-    regular: bool
-    """A plain file: no folder, link or device."""
+    kind: Kind
     content: Callable[[], bytes]
 
     def read(self) -> bytes:
@@ -51,7 +54,7 @@ class Member:
         try:
             return self.content()
         except _BROKEN as error:
-            raise _broken(self.source, f"cannot read {self.name}", error) from error
+            raise _broken(self.source, f"cannot read {self.name!r}", error) from error
 
 
 def _broken(source: Path, what: str, error: Exception) -> SourceError:
@@ -63,9 +66,9 @@ def _broken(source: Path, what: str, error: Exception) -> SourceError:
 def folder_members(folder: Path) -> Iterator[Member]:
     """What lies in a folder at any depth, in sorted order; links are not followed."""
     for name, entry in _walk(folder, ""):
-        regular = entry.is_file(follow_symlinks=False)
-        size = entry.stat().st_size if regular else 0
-        yield Member(folder, name, size, regular, Path(entry.path).read_bytes)
+        kind: Kind = "link" if entry.is_symlink() else "file" if entry.is_file() else "device"
+        size = entry.stat().st_size if kind == "file" else 0
+        yield Member(folder, name, size, kind, Path(entry.path).read_bytes)
 
 
 def folder_digest(folder: Path) -> str:
@@ -98,7 +101,7 @@ def archive_members(archive: Path) -> Iterator[Member]:
     place = "cannot be read"
     try:
         for member in _zip_members(archive) if zipped else _tar_members(archive):
-            place = f"cannot be read beyond {member.name}"
+            place = f"cannot be read beyond {member.name!r}"
             yield member
     except _BROKEN as error:
         raise _broken(archive, place, error) from error
@@ -108,13 +111,24 @@ def _zip_members(archive: Path) -> Iterator[Member]:
     with zipfile.ZipFile(archive) as file:
         for info in file.infolist():
             link = stat.S_ISLNK(info.external_attr >> 16)  # where Unix zips keep a member's mode
-            yield Member(archive, info.filename, info.file_size, not (link or info.is_dir()), partial(file.read, info))
+            kind: Kind = "folder" if info.is_dir() else "link" if link else "file"
+            yield Member(archive, _zip_name(info), info.file_size, kind, partial(file.read, info))
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """A member's name, in UTF-8 even where its flag does not say so, as Unix's zip writes it (APPNOTE, appendix D)."""
+    if info.flag_bits & 0x800:
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode()
+    except UnicodeError:
+        return info.filename  # in the code page of DOS, as the format has it
 
 
 def _tar_members(archive: Path) -> Iterator[Member]:
     with _open_tar(archive) as file:
         while (info := file.next()) is not None:
-            yield Member(archive, info.name, info.size, info.isreg(), partial(_tar_content, file, info))
+            yield Member(archive, info.name, info.size, _tar_kind(info), partial(_tar_content, file, info))
             file.members.clear()  # type: ignore[attr-defined]  # or it would remember half a million
         # The end of a compressed tar holds its checksum, which is compared when it is read.
         assert file.fileobj is not None
@@ -127,6 +141,14 @@ def _open_tar(archive: Path) -> tarfile.TarFile:
         return tarfile.open(archive, tarinfo=_StrictInfo)
     except tarfile.ReadError as error:  # it lists what each kind of tar lacks
         raise tarfile.ReadError("neither a zip nor a tar (plain, gz, bz2 or xz)") from error
+
+
+def _tar_kind(info: tarfile.TarInfo) -> Kind:
+    if info.isreg():
+        return "file"
+    if info.isdir():
+        return "folder"
+    return "link" if info.issym() else "hard link" if info.islnk() else "device"
 
 
 def _tar_content(file: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:

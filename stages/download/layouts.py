@@ -23,8 +23,17 @@ EXPECTED = {
 }
 """What the paths of each set end in."""
 
-IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+IMAGES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"}
+)
+"""What the decoder reads (stages/align/decode.py)."""
+UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw"})
+"""Photographs all the same."""
+HARMLESS = frozenset({"hidden files", "files that are no images", "aligned copies of frames"})
+"""Reasons to pass over a file by which no photograph is lost."""
 
+_UNSHOWABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""What acts on a terminal or a page instead of being seen: control characters, line breaks, turns of direction."""
 _DEPTH = {"train": 2, "lfw": 2, "ytf": 3, "probes": 2, "distractors": 2}
 _FRAME = re.compile(r"\d+$", re.ASCII)
 
@@ -43,9 +52,10 @@ def why_no_photograph(name: str) -> str | None:
     parts = _parts(name)
     if any(part == "__MACOSX" or (part.startswith(".") and part != "..") for part in parts):
         return "hidden files"
-    if not parts or splitext(parts[-1])[1].lower() not in IMAGES:
-        return "files that are no images"
-    return None
+    extension = splitext(parts[-1])[1].lower() if parts else ""
+    if extension in UNREAD:
+        return f"photographs of a kind that is not read ({extension})"
+    return None if extension in IMAGES else "files that are no images"
 
 
 def why_skipped(set_name: str, name: str) -> str | None:
@@ -64,13 +74,15 @@ def ids(set_name: str, name: str) -> Ids:
     """The ids of the photograph that lies at a path inside a source.
 
     Raises:
-        SourceError: the path is unsafe or no text, or a frame has no number; the message names it.
+        SourceError: the path is unsafe, no text or not to be shown, or a frame has no number; the message names it.
     """
     parts = _parts(name)
     if name.startswith("/") or ".." in parts:
         raise SourceError(f"{name!r}: an absolute path or one with `..` cannot name a photograph")
     if not _is_text(name):
         raise SourceError(f"{name!r}: not a UTF-8 name; rename it")
+    if _UNSHOWABLE.search(name):
+        raise SourceError(f"{name!r}: control characters cannot name a photograph; rename it")
     *folders, file = parts[-_DEPTH[set_name] :]
     stem = splitext(file)[0]
     group = "/".join(folders)

@@ -138,7 +138,7 @@ def find_photographs(folder: Path) -> list[Photograph]:
     found: dict[str, Photograph] = {}
     skipped: Counter[str] = Counter()
     for member in folder_members(folder):
-        reason = why_no_photograph(member.name) if member.regular else "links and devices"
+        reason = why_no_photograph(member.name) if member.kind == "file" else "links and devices"
         if reason is not None:
             skipped[reason] += 1
             continue

@@ -241,7 +241,41 @@ def test_what_was_read_and_skipped_is_told(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.INFO):
         run("ytf", source, tmp_path / "raw", HERE)
     assert "ytf: 12 images, 2 identities, 4 videos, 2 pairs" in caplog.messages
-    assert "ytf: skipped 2 hidden files, 2 files that are no images, 1 folders, links and devices" in caplog.messages
+    assert [(record.levelname, record.message) for record in caplog.records[-3:]] == [
+        ("INFO", "ytf: passed over 2 hidden files, as 'Ann/.DS_Store'"),
+        ("INFO", "ytf: passed over 2 files that are no images, as 'Ann/Ann.mat'"),
+        ("WARNING", "ytf: passed over 1 links, which are not followed, as 'Ann/9'"),
+    ]
+
+
+def test_photographs_that_are_not_read_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tree = {**FACES, "0000045/1.heic": b"x", "0000045/2.heic": b"x", "cover.jpg": b"x", "\x1b[2J.txt": b"x"}
+    run("train", folder(unpacked(tmp_path / "faces", tree)), tmp_path / "raw", HERE)
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == [
+        "train: passed over 2 photographs of a kind that is not read (.heic), as '0000045/1.heic'",
+        "train: passed over 1 images outside <identity>/<image>.jpg, as 'cover.jpg'",
+    ]
+    assert "\x1b" not in caplog.text
+
+
+def test_a_folder_of_links_is_called_what_it_is(tmp_path: Path) -> None:
+    faces = unpacked(tmp_path / "faces", FACES)
+    (tmp_path / "links").mkdir()
+    for person in faces.iterdir():
+        (tmp_path / "links" / person.name).symlink_to(person)
+    with pytest.raises(SourceError, match=r"no images; .*, found 2 links, which are not followed, as '0000045'$"):
+        run("train", folder(tmp_path / "links"), tmp_path / "raw", HERE)
+
+
+def test_a_photograph_that_is_a_hard_link_in_a_tar_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "faces.tar"
+    with tarfile.open(path, "w") as file:
+        for name, kind in (("a/1.jpg", tarfile.REGTYPE), ("b/1.jpg", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a/1.jpg" if kind == tarfile.LNKTYPE else ""
+            file.addfile(info)
+    with pytest.raises(SourceError, match=rf"^{path}: 'b/1\.jpg' is a hard link .*`tar --hard-dereference`$"):
+        run("train", archive(path), tmp_path / "raw", HERE)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +285,8 @@ def test_what_was_read_and_skipped_is_told(tmp_path: Path, caplog: pytest.LogCap
         (
             "ytf",
             {"a/1.mat": b"", "b/readme": b"", "c/d/e.txt": b"", "f/g": b""},
-            "{}: no images; expected .../<identity>/<video>/<frame number>.jpg, found CASIA-WebFace/a/1.mat, "
-            "CASIA-WebFace/b/readme, CASIA-WebFace/c/d/e.txt",
+            "{}: no images; expected .../<identity>/<video>/<frame number>.jpg, found 4 files that are no images, "
+            "as 'CASIA-WebFace/a/1.mat'",
         ),
         (
             "train",

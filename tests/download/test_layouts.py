@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from stages.download.errors import SourceError
-from stages.download.layouts import Ids, ids, why_skipped
+from stages.download.layouts import IMAGES, Ids, ids, why_skipped
 from stages.download.protocols import Pair, check_pairs, pairs_table, read_pairs
 
 
@@ -37,6 +37,7 @@ def test_paths_become_ids(set_name: str, path: str, expected: Ids) -> None:
         ("train", "a/readme.txt", "files that are no images"),
         ("train", ".", "files that are no images"),
         ("train", "a/jpg", "files that are no images"),
+        ("train", "a/1.HEIC", "photographs of a kind that is not read (.heic)"),
         ("train", "a/.DS_Store", "hidden files"),
         ("train", "a/._1.jpg", "hidden files"),
         ("train", ".thumbs/a/1.jpg", "hidden files"),
@@ -51,7 +52,7 @@ def test_what_is_no_photograph_is_skipped_for_a_reason(set_name: str, path: str,
     assert why_skipped(set_name, path) == reason
 
 
-@pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "JPG", "Png"])
+@pytest.mark.parametrize("extension", [*(extension[1:] for extension in sorted(IMAGES)), "JPG", "Png"])
 def test_images_are_told_by_extension_in_any_case(extension: str) -> None:
     assert why_skipped("train", f"a/1.{extension}") is None
 
@@ -68,6 +69,19 @@ def test_a_name_that_is_no_text_is_refused() -> None:
     latin = b"Jos\xe9/1.jpg".decode("utf-8", "surrogateescape")
     with pytest.raises(SourceError, match=r"^'Jos\\udce9/1.jpg': not a UTF-8 name; rename it$"):
         ids("train", latin)
+
+
+@pytest.mark.parametrize("character", ["\x1b", "\n", "\x7f", "\x9b", "\u2028", "\u202e"])
+def test_a_name_that_acts_on_a_terminal_is_refused(character: str) -> None:
+    name = f"a{character}[2J/1.jpg"
+    with pytest.raises(SourceError) as caught:
+        ids("train", name)
+    assert str(caught.value) == f"{name!r}: control characters cannot name a photograph; rename it"
+    assert str(caught.value).isprintable()
+
+
+def test_joiners_and_spaces_of_names_are_no_control_characters() -> None:
+    assert ids("train", "علی\u200cرضا/1\u00a0a.jpg").identity == "علی\u200cرضا"
 
 
 @pytest.mark.parametrize("file", ["cover.jpg", "0.15b.jpg", "20240101123456.jpg"])
