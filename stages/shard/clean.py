@@ -252,22 +252,24 @@ def _drop_copies(
     rows = np.flatnonzero(left.alive)
     columns = [faces.sha256.take(rows)]
     columns += [known.sha256.filter(pa.array(known.pictured)) for known in evaluation.values()]
-    pairs = _equal(np.concatenate([np.asarray(column.to_pylist(), object) for column in columns]))
+    pairs = _equal(np.concatenate([np.asarray(column.to_pylist(), object) for column in columns]), len(rows))
     _drop_pairs(left, faces, code, rows, theirs, _Pairs(pairs, np.full(len(pairs), -1), ""))
     if near is None:
         return
     rows = np.flatnonzero(left.alive)
     hashes = [faces.of(rows)] + [known.of(np.flatnonzero(known.pictured)) for known in evaluation.values()]
-    _drop_pairs(left, faces, code, rows, theirs, _Pairs(*near_pairs(np.concatenate(hashes), near), "_near"))
+    pairs, distances = near_pairs(np.concatenate(hashes), near, len(rows))
+    _drop_pairs(left, faces, code, rows, theirs, _Pairs(pairs, distances, "_near"))
 
 
-def _equal(values: NDArray[np.object_]) -> NDArray[np.intp]:
-    """All pairs of equal values, (m, 2)."""
+def _equal(values: NDArray[np.object_], ours: int) -> NDArray[np.intp]:
+    """All pairs of equal values, (m, 2), of which the first is one of the first `ours`."""
     order = np.argsort(values, kind="stable")
     ends = np.flatnonzero(values[order][1:] != values[order][:-1]) + 1
-    groups = [group for group in np.split(order, ends) if len(group) > 1]
+    groups = [group for group in np.split(order, ends) if len(group) > 1 and group[0] < ours]
     pairs = [group[np.stack(np.triu_indices(len(group), 1), axis=1)] for group in groups]
-    return np.concatenate(pairs) if pairs else np.empty((0, 2), np.intp)
+    found = np.concatenate(pairs) if pairs else np.empty((0, 2), np.intp)
+    return found[found[:, 0] < ours]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import tables
+from pipeline.progress import progress
 
 _SIDE = 16
 BITS = _SIDE * _SIDE
@@ -39,14 +40,17 @@ def hash_part(path: Path) -> NDArray[np.uint64]:
     return hashes
 
 
-def near_pairs(hashes: NDArray[np.uint64], distance: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """All pairs of hashes that differ in at most `distance` bits.
+def near_pairs(
+    hashes: NDArray[np.uint64], distance: int, ours: int | None = None
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """All pairs of hashes that differ in at most `distance` bits, and of which one at least is ours.
 
     Two such hashes are equal in at least one of any `distance + 1` groups of bits (the pigeonhole principle, as in
     multi-index hashing, Norouzi et al., CVPR 2012), so only pairs with an equal group are compared.
 
     Args:
         hashes: (n, 4) uint64.
+        ours: how many of the first are; all by default.
 
     Returns:
         Pairs (m, 2), the smaller index first, ascending; and their distances (m,).
@@ -55,27 +59,33 @@ def near_pairs(hashes: NDArray[np.uint64], distance: int) -> tuple[NDArray[np.in
     # neighbouring frequencies are alike; bits drawn from everywhere make more even groups
     groups = np.array_split(np.random.default_rng(0).permutation(BITS), distance + 1)
     found = [np.empty((0, 2), np.intp)]
-    for group in groups:
+    for group in progress(groups, total=len(groups), label="near duplicates", unit="groups of bits"):
         packed = np.packbits(bits[:, group[:64]], axis=1)
         key = np.zeros((len(hashes), 8), np.uint8)
         key[:, : packed.shape[1]] = packed
-        found.append(_equal_and_near(key.view(np.uint64)[:, 0], hashes, distance))
+        found.append(
+            _equal_and_near(key.view(np.uint64)[:, 0], hashes, distance, len(hashes) if ours is None else ours)
+        )
     pairs = np.unique(np.concatenate(found), axis=0)
     return pairs, _distances(hashes, pairs[:, 0], pairs[:, 1])
 
 
-def _equal_and_near(key: NDArray[np.uint64], hashes: NDArray[np.uint64], distance: int) -> NDArray[np.intp]:
-    """Pairs with equal keys whose hashes are near: sorted by key, each is compared with the next, the one after, ..."""
+def _equal_and_near(key: NDArray[np.uint64], hashes: NDArray[np.uint64], distance: int, ours: int) -> NDArray[np.intp]:
+    """Pairs with equal keys whose hashes are near: sorted by key, each of ours is compared with the next, the one
+    after, ...
+
+    The sort is stable: of equal keys ours come first, and of a pair the smaller index.
+    """
     order = np.argsort(key, kind="stable")
     ordered = key[order]
     found = []
-    first, step = np.arange(len(key)), 1
+    first, step = np.flatnonzero(order < ours), 1
     while len(first):
         first = first[: np.searchsorted(first, len(key) - step)]
         first = first[ordered[first] == ordered[first + step]]
         left, right = order[first], order[first + step]
         near = _distances(hashes, left, right) <= distance
-        found.append(np.sort(np.stack([left[near], right[near]], axis=1), axis=1))
+        found.append(np.stack([left[near], right[near]], axis=1))
         step += 1
     return np.concatenate(found) if found else np.empty((0, 2), np.intp)
 
