@@ -106,7 +106,7 @@ PART_BYTES = 256 << 20
 """A part closes earlier once its images reach this size, so that memory stays bounded for large photographs."""
 
 MADE_BY = "made_by"
-_PART = re.compile(r"part-(\d{5})\.parquet")
+_PART = re.compile(r"part-(\d{5,})\.parquet")
 
 
 class TableError(InputError):
@@ -162,7 +162,8 @@ def parts(folder: Path) -> list[Path]:
     Raises:
         TableError: there are none, or one is missing in between.
     """
-    found = sorted(path for path in folder.glob("part-*.parquet") if _PART.fullmatch(path.name))
+    numbered = {int(match[1]): path for path in folder.glob("part-*") if (match := _PART.fullmatch(path.name))}
+    found = [numbered[number] for number in sorted(numbered)]
     if not found:
         raise TableError(f"{folder}: no part-*.parquet; run `dvc repro` to make them")
     for index, path in enumerate(found):

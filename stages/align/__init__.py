@@ -73,10 +73,10 @@ def run(raw: Path, out: Path, params: Align, machine: Machine, *, evaluation: bo
     with tables.locked(out):
         done = {target for source, target in zip(sources, targets, strict=True) if is_done(source, target, made_by)}
         earlier = set_aside(out, aside, done, made_by)
+        left = [(source, target) for source, target in zip(sources, targets, strict=True) if target not in done]
         tasks = [
-            (source.resolve(), target.resolve(), params, evaluation, device, made_by, earlier.of(source))
-            for source, target in zip(sources, targets, strict=True)
-            if target not in done
+            (source.resolve(), target.resolve(), params, evaluation, device, made_by, reused)
+            for (source, target), reused in zip(left, earlier.of([source for source, _ in left]), strict=True)
         ]
         run_all(
             _align_part,

@@ -6,8 +6,9 @@ table itself says so, whatever has happened to its folder since. Rows that nothi
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +33,18 @@ class Earlier:
     file: np.ndarray
     row: np.ndarray
 
-    def of(self, source: Path) -> Rows:
-        """What it provides of a part of the raw table."""
-        wanted = tables.read_table(source, tables.RAW, ["sha256"])["sha256"]
-        places = pc.index_in(wanted, value_set=self.sha256).to_pylist()
-        provided: dict[Path, list[tuple[int, int]]] = defaultdict(list)
-        for row, place in enumerate(places):
-            if place is not None:
-                provided[self.files[self.file[place]]].append((row, int(self.row[place])))
-        return provided
+    def of(self, sources: Sequence[Path]) -> Iterator[Rows]:
+        """What it provides of each of some parts of the raw table."""
+        columns = [tables.read_table(source, tables.RAW, ["sha256"])["sha256"] for source in sources]
+        wanted = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+        # all at once: each look-up makes a hash table of all there is
+        places = pc.index_in(wanted, value_set=self.sha256).fill_null(-1).to_numpy()
+        for start, stop in pairwise(np.cumsum([0, *map(len, columns)]).tolist()):
+            provided: dict[Path, list[tuple[int, int]]] = defaultdict(list)
+            for row, place in enumerate(places[start:stop].tolist()):
+                if place >= 0:
+                    provided[self.files[self.file[place]]].append((row, int(self.row[place])))
+            yield provided
 
 
 def is_done(source: Path, target: Path, made_by: str) -> bool:

@@ -57,6 +57,7 @@ def make_plan(identities: NDArray[np.object_], reason: NDArray[np.object_], para
     label = np.where(kept, label_of[code], -1).astype(np.int32)
     val = kept & strangers[code] if params.validation.by == "identity" else _some_of_each(label, params)
 
+    of_each = np.split(reason[np.argsort(code, kind="stable")], np.cumsum(np.bincount(code))[:-1])
     val_of = np.bincount(code[val], minlength=len(names)).astype(np.int32)
     columns = {
         "label": pa.array(label_of, mask=label_of < 0),
@@ -64,7 +65,7 @@ def make_plan(identities: NDArray[np.object_], reason: NDArray[np.object_], para
         "images": np.bincount(code[faces], minlength=len(names)).astype(np.int32),
         "train": (counts - val_of).astype(np.int32),
         "val": val_of,
-        "dropped": pa.array([None if n else _most(reason[code == i]) for i, n in enumerate(counts)], pa.string()),
+        "dropped": pa.array([None if n else _most(why) for n, why in zip(counts, of_each, strict=True)], pa.string()),
     }
     return Plan(label, val, pa.table(columns, schema=LABELS))
 

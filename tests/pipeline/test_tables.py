@@ -50,6 +50,10 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
     write_table(part_path(tmp_path, 1), table(0, 1), EXAMPLES)
     with pytest.raises(TableError, match=r"part-00000\.parquet: missing"):
         parts(tmp_path)
+    for index in (99_999, 100_000):
+        part_path(tmp_path, index).touch()
+    with pytest.raises(TableError, match=r"part-00000\.parquet: missing, though part-100000\.parquet is there"):
+        parts(tmp_path)
     with pytest.raises(TableError, match="expected"):
         read_table(part_path(tmp_path, 1), LABELS)
     part_path(tmp_path, 1).write_bytes(b"half a file")
