@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,9 +232,10 @@ def _cluster(machine: Machine) -> Iterator[Executor]:
 
     Raises:
         InputError: there is no scheduler or no worker, a worker has too little memory, other code, or sees other
-            files, or one task has cost several workers their lives.
+            files, one task has cost several workers their lives, or the scheduler goes away.
     """
     import distributed
+    from distributed.comm import CommClosedError
 
     try:
         client = distributed.Client(machine.executor, timeout=_PATIENCE)
@@ -252,6 +253,11 @@ def _cluster(machine: Machine) -> Iterator[Executor]:
             yield client.get_executor(pure=False)
         except distributed.KilledWorker as error:
             raise InputError(f"machine.executor: {error}. Give the workers more --memory-limit") from error
+        except (CancelledError, CommClosedError) as error:
+            raise InputError(
+                f"machine.executor: the Dask scheduler at {machine.executor} is gone; start it again and run again: "
+                "finished parts are kept"
+            ) from error
 
 
 def _check_workers(client: Any, machine: Machine) -> None:

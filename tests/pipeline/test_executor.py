@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,24 @@ def test_a_cluster_that_cannot_do_the_work_is_refused(
         file.write("# changed\n")
     with worker(scheduler, code=tmp_path):
         refused("runs another version of this project's code")
+
+
+def test_a_scheduler_that_goes_away_is_one_clear_error(tmp_path: Path) -> None:
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        while not list(tmp_path.glob("*.pid")):
+            time.sleep(0.05)
+        process.kill()
+
+    arguments = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-show")
+    with (
+        dask(*arguments, wait_for="Scheduler at:") as (process, address),
+        worker(address),
+        ThreadPoolExecutor(1) as killer,
+        pytest.raises(InputError, match=rf"the Dask scheduler at {address} is gone; start it again and run again"),
+    ):
+        killer.submit(kill, process)
+        tasks = [(str(tmp_path), i) for i in range(2)]
+        run_all(sleep_long, tasks, machine=machine(executor=address), label="sleeping", unit="naps")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
