@@ -35,7 +35,7 @@ def read_pairs(set_name: str, path: Path, origin: str) -> list[Pair]:
         SourceError: a line is malformed or the list is not as long as its header says; names file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # with or without the mark that Windows puts first
     except UnicodeDecodeError as error:
         raise SourceError(f"{origin}: not a text file: {error}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -125,7 +125,9 @@ def clean(faces: Faces, evaluation: dict[str, Faces], params: Clean) -> pa.Table
     for name in params.lists:
         left.drop(_rows_of(code, names, _listed(name)), "published_list", None)
     if params.same_names:
-        _drop_names(left, code, names, evaluation, read_names(Path(params.names)))
+        called = read_names(Path(params.names))
+        _check_names(called, names.tolist(), params.names)
+        _drop_names(left, code, names, evaluation, called)
     if params.duplicates:
         _drop_copies(left, faces, code, evaluation, params.near_duplicates)
     counts = np.bincount(code[left.alive], minlength=len(names))
@@ -172,6 +174,15 @@ def read_names(path: Path) -> dict[str, str]:
     return names
 
 
+def _check_names(called: dict[str, str], identities: list[str], origin: str) -> None:
+    """Refuse names of another set, or of identities written otherwise; names of a larger set will do."""
+    if called and called.keys().isdisjoint(identities):
+        raise ShardError(
+            f"{origin}: the training set has none of its identities, such as {next(iter(called))!r}; the set's are "
+            f"written as {identities[0]!r}. Set shard.clean.names in params.yaml to this set's list, or empty the file"
+        )
+
+
 def read_exclude(path: Path, faces: Faces) -> tuple[NDArray[np.intp], list[str]]:
     """The rows and the identities that people have decided to leave out.
 
@@ -183,7 +194,7 @@ def read_exclude(path: Path, faces: Faces) -> tuple[NDArray[np.intp], list[str]]
     reader = csv.DictReader(_lines(path, "shard.clean.exclude"))
     if reader.fieldnames != _EXCLUDE:
         raise ShardError(
-            f"{path}: its first line must be {','.join(_EXCLUDE)}, not {','.join(reader.fieldnames or [])}"
+            f"{path}: its first line must be {','.join(_EXCLUDE)!r}, not {','.join(reader.fieldnames or [])!r}"
         )
     wanted = list(reader)
     if not wanted:
@@ -205,7 +216,7 @@ def read_exclude(path: Path, faces: Faces) -> tuple[NDArray[np.intp], list[str]]
 
 def _lines(path: Path, key: str) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()  # with or without the mark that Windows puts first
     except FileNotFoundError as error:
         raise ShardError(f"{path}: no such file, though {key} in params.yaml names it") from error
     except UnicodeDecodeError as error:

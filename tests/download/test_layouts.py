@@ -99,7 +99,7 @@ def listed(tmp_path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("text", [LFW, LFW.replace("\n", "\r\n"), LFW.replace("\t", " ") + "\n\n"])
+@pytest.mark.parametrize("text", [LFW, "\ufeff" + LFW, LFW.replace("\n", "\r\n"), LFW.replace("\t", " ") + "\n\n"])
 def test_lfws_pairs(tmp_path: Path, text: str) -> None:
     pairs = read_pairs("lfw", listed(tmp_path, text), "pairs.txt")
     assert pairs_table(pairs).to_pydict() == {

@@ -126,7 +126,7 @@ def test_what_people_have_decided(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("image_id,identity\n", "its first line must be image_id,identity,reason"),
+        ("image_id,identity\n", "its first line must be 'image_id,identity,reason', not 'image_id,identity'"),
         ("image_id,identity,reason\na/1,a,x\nnobody/1,a,x\n", "line 3: the training set has no image 'nobody/1'"),
         ("image_id,identity,reason\n,nobody,x\n", "line 2: the training set has no identity 'nobody'"),
         (None, "no such file, though shard.clean.exclude in params.yaml names it"),
@@ -138,6 +138,29 @@ def test_a_wrong_list_is_named(tmp_path: Path, content: str | None, message: str
         listed.write_text(content)
     with pytest.raises(ShardError, match=message):
         dropped(faces(("a/1", "a", "s", 0), *OTHERS), exclude=str(listed))
+
+
+def test_lists_from_windows_begin_with_a_mark(tmp_path: Path) -> None:
+    known = faces(("1/1", "0042", "s", 0), ("a/1", "a", "t", 1), *OTHERS)
+    theirs = {"lfw": faces(("R/1", "Al_Gore", "r", 6))}
+    names, exclude = tmp_path / "names.txt", tmp_path / "exclude.csv"
+    names.write_text("0042 Al Gore\n", encoding="utf-8-sig")
+    exclude.write_text("image_id,identity,reason\na/1,a,a drawing\n", encoding="utf-8-sig")
+    assert dropped(known, theirs, same_names=True, names=str(names), exclude=str(exclude)) == {
+        "1/1": ("evaluated_name", "lfw: Al_Gore", None),
+        "a/1": ("excluded", None, None),
+    }
+
+
+def test_names_of_another_set_are_refused(tmp_path: Path) -> None:
+    known, names = faces(("1/1", "0042", "s", 0), *OTHERS), tmp_path / "names.txt"
+    names.write_text("# CASIA-WebFace\n42 Al Gore\n43 Tipper Gore\n")
+    with pytest.raises(ShardError, match=r"names\.txt: the training set has none of its identities, such as '42'"):
+        dropped(known, same_names=True, names=str(names))
+    names.write_text("43 Tipper Gore\n0042 Al Gore\n")  # a list may be longer than the set
+    assert dropped(known, same_names=True, names=str(names)) == {}
+    names.write_text("# nobody yet\n")
+    assert dropped(known, same_names=True, names=str(names)) == {}
 
 
 def test_a_line_without_a_name_is_named(tmp_path: Path) -> None:
