@@ -593,7 +593,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read and validate params.yaml.
 
     Raises:
-        ParamsError: the file is absent, is not YAML, or a key is missing, unknown or out of range; the message
+        ParamsError: the file is absent, is not YAML in UTF-8, or a key is missing, unknown or out of range; the message
             names the file, each offending key, and what would be right.
     """
     try:
@@ -603,6 +603,8 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise ParamsError(f"{path}: no such file; `cosface recipe quickstart` writes the default one") from error
     except YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path}: not text in UTF-8: {error}") from error
     try:
         return Params.model_validate(content)
     except ValidationError as error:

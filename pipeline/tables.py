@@ -144,7 +144,11 @@ def write_table(
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; renamed to it when the block ends well, removed when it does not."""
+    """A temporary name beside `path`; renamed to it when the block ends well, removed when it does not.
+
+    Raises:
+        OSError: the system refuses, for want of space for one; names `path` where the system names no file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -152,6 +156,10 @@ def atomic(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -178,15 +186,28 @@ def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) 
     Raises:
         TableError: the file is absent, unreadable, or not of `schema`.
     """
+    with _opened(path) as file:
+        if not file.schema_arrow.equals(schema):
+            raise TableError(f"{path}: has columns {file.schema_arrow.names}, expected {schema.names}")
+        return file.read(columns=columns)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, to be read within the block.
+
+    Raises:
+        TableError: it is absent, cut short or damaged.
+    """
     try:
         with pq.ParquetFile(path) as file:
-            if not file.schema_arrow.equals(schema):
-                raise TableError(f"{path}: has columns {file.schema_arrow.names}, expected {schema.names}")
-            return file.read(columns=columns)
+            yield file
     except FileNotFoundError as error:
         raise TableError(f"{path}: no such file; run `dvc repro` to make it") from error
-    except pa.ArrowInvalid as error:
-        raise TableError(f"{path}: not a readable Parquet file: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's refusal, not what is in the file
+            raise
+        raise TableError(f"{path}: not a readable Parquet file: {error}; delete it and run `dvc repro`") from error
 
 
 def read_parts(folder: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
@@ -194,11 +215,11 @@ def read_parts(folder: Path, schema: pa.Schema, columns: list[str] | None = None
     return pa.concat_tables([read_table(path, schema, columns) for path in parts(folder)])
 
 
-def read_images(folder: Path, schema: pa.Schema, rows: Sequence[int] | NDArray[np.intp]) -> dict[int, bytes]:
+def read_images(folder: Path, schema: pa.Schema, numbers: Sequence[int] | NDArray[np.intp]) -> dict[int, bytes]:
     """The encoded images of some rows of a table, reading no part that has none of them."""
-    wanted = np.asarray(rows, np.intp)
+    wanted = np.asarray(numbers, np.intp)
     paths = parts(folder)
-    ends = np.cumsum([pq.read_metadata(path).num_rows for path in paths])
+    ends = np.cumsum([rows(path) for path in paths])
     part_of = np.searchsorted(ends, wanted, side="right")
     found: dict[int, bytes] = {}
     for part in np.unique(part_of).tolist():
@@ -209,18 +230,32 @@ def read_images(folder: Path, schema: pa.Schema, rows: Sequence[int] | NDArray[n
 
 
 def rows(path: Path) -> int:
-    """How many rows a Parquet file has."""
-    return int(pq.read_metadata(path).num_rows)
+    """How many rows a Parquet file has.
+
+    Raises:
+        TableError: the file is absent or unreadable.
+    """
+    with _opened(path) as file:
+        return int(file.metadata.num_rows)
 
 
 def made_by(path: Path) -> str | None:
-    """The fingerprint that a Parquet file was written with; None without one."""
+    """The fingerprint that a Parquet file was written with; None without one.
+
+    Raises:
+        TableError: the file is absent or unreadable.
+    """
     return metadata(path, MADE_BY)
 
 
 def metadata(path: Path, key: str) -> str | None:
-    """What a Parquet file's metadata says; None where it says nothing."""
-    value: bytes | None = (pq.read_metadata(path).metadata or {}).get(key.encode())
+    """What a Parquet file's metadata says; None where it says nothing.
+
+    Raises:
+        TableError: the file is absent or unreadable.
+    """
+    with _opened(path) as file:
+        value: bytes | None = (file.metadata.metadata or {}).get(key.encode())
     return value.decode() if value else None
 
 

@@ -49,24 +49,33 @@ class Earlier:
 
 def is_done(source: Path, target: Path, made_by: str) -> bool:
     """Whether a part of the aligned table is what would be made of a part of the raw one."""
-    if not target.exists() or tables.made_by(target) != made_by:
+    if not target.exists() or _made_by(target) != made_by:
         return False
-    was, now = (
-        tables.read_table(path, schema, COPIED).combine_chunks()
-        for path, schema in ((target, tables.ALIGNED), (source, tables.RAW))
-    )
+    now = tables.read_table(source, tables.RAW, COPIED).combine_chunks()
+    try:
+        was = tables.read_table(target, tables.ALIGNED, COPIED).combine_chunks()
+    except tables.TableError:
+        return False
     return bool(was.equals(now))
+
+
+def _made_by(path: Path) -> str | None:
+    """The fingerprint of a part; None for a damaged one, which is as good as not there."""
+    try:
+        return tables.made_by(path)
+    except tables.TableError:
+        return None
 
 
 def set_aside(folder: Path, aside: Path, keep: set[Path], made_by: str) -> Earlier:
     """Move the parts that are not to be kept from `folder` to `aside`; say which rows there can be taken over."""
     aside.mkdir(exist_ok=True)
     for path in set(folder.iterdir()) - keep:
-        if path.suffix == ".parquet" and tables.made_by(path) == made_by:
+        if path.suffix == ".parquet" and _made_by(path) == made_by:
             path.replace(aside / f"{tables.sha256_file(path)}.parquet")
         else:
-            path.unlink()  # of other parameters, or the temporary file of a killed run
-    files = [path for path in sorted(aside.glob("*.parquet")) if tables.made_by(path) == made_by]
+            path.unlink()  # of other parameters, damaged, or the temporary file of a killed run
+    files = [path for path in sorted(aside.glob("*.parquet")) if _made_by(path) == made_by]
     columns = [tables.read_table(path, tables.ALIGNED, ["sha256"])["sha256"] for path in files]
     lengths = [len(column) for column in columns]
     return Earlier(

@@ -16,7 +16,6 @@ from itertools import count, islice, takewhile
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import tables
 from pipeline.executor import run_all
@@ -219,7 +218,7 @@ def _write_parts(set_name: str, out: Path, photographs: Iterator[tuple[Ids, Memb
 def _finished(out: Path) -> list[int]:
     """Rows of each part there is, up to the first missing one."""
     paths = (tables.part_path(out, index) for index in count())
-    return [pq.read_metadata(path).num_rows for path in takewhile(Path.exists, paths)]
+    return [tables.rows(path) for path in takewhile(Path.exists, paths)]
 
 
 def _write_part(path: Path, rows: list[tuple[Ids, bytes]]) -> None:

@@ -310,6 +310,19 @@ def test_what_an_interrupted_run_left_serves_even_if_the_photographs_have_change
         assert row == expected[name]
 
 
+@pytest.mark.parametrize("size", [0, 4, 1000])
+def test_a_damaged_part_is_made_again(
+    raw: Path, aligned: Path, tmp_path: Path, looked_at: list[int], size: int
+) -> None:
+    out = tmp_path / "train"
+    shutil.copytree(aligned, out)
+    damaged = tables.part_path(out, 1)
+    damaged.write_bytes(damaged.read_bytes()[:size])
+    run(raw, out, PARAMS, machine(1), evaluation=False, report=tmp_path / "report")
+    assert sum(looked_at) == tables.rows(tables.part_path(aligned, 1))
+    assert tables.made_by(damaged) == tables.made_by(tables.part_path(aligned, 1))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -202,15 +202,15 @@ def test_a_scheduler_that_goes_away_is_one_clear_error(tmp_path: Path) -> None:
             time.sleep(0.05)
         process.kill()
 
+    tasks = [(str(tmp_path), i) for i in range(2)]
     arguments = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-show")
-    with (
+    with (  # noqa: PT012
         dask(*arguments, wait_for="Scheduler at:") as (process, address),
         worker(address),
         ThreadPoolExecutor(1) as killer,
         pytest.raises(InputError, match=rf"the Dask scheduler at {address} is gone; start it again and run again"),
     ):
         killer.submit(kill, process)
-        tasks = [(str(tmp_path), i) for i in range(2)]
         run_all(sleep_long, tasks, machine=machine(executor=address), label="sleeping", unit="naps")
 
 

@@ -135,3 +135,7 @@ def test_files_that_are_no_parameters(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("a: [1,\n")
     with pytest.raises(ParamsError, match="not valid YAML"):
         load_params(tmp_path / "params.yaml")
+    for encoding in ("utf-16", "latin-1"):
+        (tmp_path / "params.yaml").write_text("a: Zoë\n", encoding=encoding)
+        with pytest.raises(ParamsError, match=rf"^{tmp_path}/params\.yaml: not text in UTF-8: "):
+            load_params(tmp_path / "params.yaml")

@@ -1,7 +1,10 @@
 import multiprocessing
 import os
+import resource
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,18 +17,20 @@ from pipeline.tables import (
     TableError,
     atomic,
     fingerprint,
+    made_by,
     part_path,
     parts,
     read_parts,
     read_table,
     resumable,
+    rows,
     write_table,
 )
 
 
 def table(start: int, count: int) -> pa.Table:
-    rows = [{"image": bytes([i % 256]) * 10, "label": i} for i in range(start, start + count)]
-    return pa.Table.from_pylist(rows, schema=EXAMPLES)
+    examples = [{"image": bytes([i % 256]) * 10, "label": i} for i in range(start, start + count)]
+    return pa.Table.from_pylist(examples, schema=EXAMPLES)
 
 
 def test_parts_come_back_in_order_and_whole(tmp_path: Path) -> None:
@@ -57,8 +62,11 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="expected"):
         read_table(part_path(tmp_path, 1), LABELS)
     part_path(tmp_path, 1).write_bytes(b"half a file")
-    with pytest.raises(TableError, match="not a readable Parquet file"):
-        read_table(part_path(tmp_path, 1), EXAMPLES)
+    for read in (rows, made_by, lambda path: read_table(path, EXAMPLES)):
+        with pytest.raises(
+            TableError, match=r"part-00001\.parquet: not a readable Parquet file: .*; delete it and run"
+        ):
+            read(part_path(tmp_path, 1))
     with pytest.raises(TableError, match="no such file"):
         read_table(tmp_path / "absent.parquet", EXAMPLES)
 
@@ -71,6 +79,29 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@contextmanager
+def little_space(size: int) -> Iterator[None]:
+    """No file may become larger than so many bytes: the system then refuses as it does where a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_the_system_refuses_names_the_file(tmp_path: Path) -> None:
+    big = pa.Table.from_pylist([{"image": bytes(50_000), "label": 0}], schema=EXAMPLES)
+    with little_space(10_000), pytest.raises(OSError, match=rf"File too large: '{tmp_path}/part\.parquet'$"):
+        write_table(tmp_path / "part.parquet", big, EXAMPLES)
+    refused = pytest.raises(OSError, match=rf"File too large: '{tmp_path}/page'$")
+    with little_space(10_000), refused, atomic(tmp_path / "page") as temporary:
+        temporary.write_bytes(bytes(50_000))
+    with pytest.raises(FileNotFoundError, match="nowhere"), atomic(tmp_path / "page"):
+        (tmp_path / "nowhere").read_bytes()
+    assert not list(tmp_path.iterdir())
 
 
 def interrupted(folder: Path, key: str, label: int) -> bool:
