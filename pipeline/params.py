@@ -4,6 +4,8 @@ Every key is required and no other key is admitted: what the file says is the wh
 stage reads its own section and nothing else, so DVC's `params:` entries say exactly what a stage depends on.
 """
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -98,6 +100,13 @@ def is_remote(location: str) -> bool:
 def local_path(location: str) -> Path:
     """The path of a location on this machine, given as a path or as a file:// address."""
     return Path(location.removeprefix("file://"))
+
+
+def shown(address: str) -> str:
+    """An address as messages and records may have it: without user, password, and the query that may sign it."""
+    if "://" not in address:
+        return address
+    return re.sub(r"://[^/]*@", "://", address.partition("?")[0])
 
 
 class Download(Section):
@@ -638,14 +647,21 @@ def _explain(error: ValidationError) -> list[str]:
 
 def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
     """A section by dotted names, `{"train.head.scale": 64.0, ...}`, as MLflow and reports show them."""
-    flat: dict[str, Any] = {}
+    leaves = _leaves(section.model_dump(mode="json"), prefix)
+    return {name: shown(value) if isinstance(value, str) else value for name, value in leaves}
 
-    def walk(value: Any, name: str) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, f"{name}.{key}" if name else key)
-        else:
-            flat[name] = value
 
-    walk(section.model_dump(mode="json"), prefix)
-    return flat
+def without_secrets(text: str, section: BaseModel) -> str:
+    """A text that repeats values of a section, such as params.yaml or dvc.lock, with its addresses as `shown`."""
+    for _, value in _leaves(section.model_dump(mode="json"), ""):
+        if isinstance(value, str):
+            text = text.replace(value, shown(value))
+    return text
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.params import Params
+from pipeline.params import Params, shown
 from pipeline.tracking import (
     TrackingError,
     connect,
@@ -73,7 +73,7 @@ def located(address: str | None, params: Params) -> Iterator[Located]:
     with tempfile.TemporaryDirectory(prefix="cosface-model-") as folder:
         with store_errors():
             if not store_exists():
-                raise TrackingError(f"{address}: there is no MLflow store {store_uri()} (MLFLOW_TRACKING_URI)")
+                raise TrackingError(f"{address}: there is no MLflow store {shown(store_uri())} (MLFLOW_TRACKING_URI)")
             place = _fetched(address, Path(folder))
         yield place
 

@@ -132,8 +132,11 @@ def mlflow_server(port: int) -> Iterator[Server]:
         ServerError: the port is taken, or it does not start.
     """
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", store_uri(), "--artifacts-destination", artifacts_root().as_uri()]
-    with _server("MLflow", command, environment(), port, "/health") as server:
+    command += ["--artifacts-destination", artifacts_root().as_uri()]
+    env = environment(
+        MLFLOW_BACKEND_STORE_URI=store_uri()
+    )  # a command line, and a password in it, is everyone's to see
+    with _server("MLflow", command, env, port, "/health") as server:
         yield server
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from pipeline.errors import InputError
-from pipeline.params import Params, flatten
+from pipeline.params import Params, flatten, shown, without_secrets
 from pipeline.tables import sha256_file
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Run(NoRun):
         try:
             yield
         except MlflowException as error:
-            log.warning("MLflow at %s did not record %s: %s", store_uri(), what, error)
+            log.warning("MLflow at %s did not record %s: %s", shown(store_uri()), what, _said(error))
 
 
 @contextmanager
@@ -248,7 +248,7 @@ def store_client() -> "MlflowClient":
             httpx.get(uri, timeout=10)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise TrackingError(
-                f"MLFLOW_TRACKING_URI={uri}: no answer ({error}); start that server, unset the variable, "
+                f"MLFLOW_TRACKING_URI={shown(uri)}: no answer ({error}); start that server, unset the variable, "
                 "or set tracking.enabled: false in params.yaml"
             ) from error
     return _client(uri)
@@ -322,8 +322,13 @@ def store_errors() -> Iterator[None]:
         yield
     except Exception as error:
         if type(error).__module__.startswith("mlflow."):
-            raise TrackingError(f"MLflow store {store_uri()} (MLFLOW_TRACKING_URI): {error}") from error
+            raise TrackingError(f"MLflow store {shown(store_uri())} (MLFLOW_TRACKING_URI): {_said(error)}") from error
         raise
+
+
+def _said(error: Exception) -> str:
+    """MLflow's message, which may repeat the store's address."""
+    return str(error).replace(store_uri(), shown(store_uri()))
 
 
 def _begin(client: "MlflowClient", experiment: str, params: Params, tags: dict[str, str]) -> Run:
@@ -341,7 +346,8 @@ def _begin(client: "MlflowClient", experiment: str, params: Params, tags: dict[s
         client.log_batch(run.info.run_id, params=values[start : start + BATCH])
     for file in ("dvc.lock", "params.yaml"):
         if Path(file).exists():
-            client.log_artifact(run.info.run_id, file)
+            text = without_secrets(Path(file).read_text(encoding="utf-8"), params)
+            client.log_text(run.info.run_id, text, file)
     return Run(client, run)
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from pipeline import tables
 from pipeline.executor import run_all
-from pipeline.params import PAIRED, Absent, Archive, Given, Local, Machine, Synthetic, local_path
+from pipeline.params import PAIRED, Absent, Archive, Given, Local, Machine, Synthetic, local_path, shown
 from pipeline.progress import progress
 from stages.download import synthetic
 from stages.download.archives import Kind, Member, archive_members, folder_digest, folder_members
@@ -145,7 +145,7 @@ def _run_photographs(set_name: str, source: Local | Archive, out: Path, download
     if source.pairs is not None:
         wanted = Wanted(source.pairs, source.pairs_sha256, f"{key}.pairs", f"{key}.pairs_sha256")
         obtained.append(obtain(wanted, downloads))
-        pairs = read_pairs(set_name, obtained[-1].path, source.pairs)
+        pairs = read_pairs(set_name, obtained[-1].path, shown(source.pairs))
     if isinstance(source, Archive):
         wanted = Wanted(source.location, source.sha256, f"{key}.location", f"{key}.sha256")
         obtained.append(obtain(wanted, downloads))
@@ -161,7 +161,7 @@ def _run_photographs(set_name: str, source: Local | Archive, out: Path, download
         _check(set_name, source, contents)
         if source.pairs is not None:
             known = contents.videos if set_name == "ytf" else contents.paths
-            check_pairs(pairs, known, source.pairs, source.location)
+            check_pairs(pairs, known, shown(source.pairs), shown(source.location))
             tables.write_table(unfinished / "pairs.parquet", pairs_table(pairs), tables.PAIRS)
     for file in obtained:
         file.discard()
@@ -233,11 +233,11 @@ def _check(set_name: str, source: Local | Archive, contents: Contents) -> None:
     if not contents.paths:
         found = "; ".join(f"{n:,} {why}, as {contents.examples[why]}" for why, n in contents.skipped.most_common())
         raise SourceError(
-            f"{source.location}: no images; expected .../{EXPECTED[set_name]}, found {found or 'no files'}"
+            f"{shown(source.location)}: no images; expected .../{EXPECTED[set_name]}, found {found or 'no files'}"
         )
     if set_name == "train" and len(contents.identities) < 2:
         raise SourceError(
-            f"{source.location}: only one identity, {min(contents.identities)}; training needs at least 2. "
+            f"{shown(source.location)}: only one identity, {min(contents.identities)}; training needs at least 2. "
             f"Expected .../{EXPECTED[set_name]}, found {next(iter(contents.paths.values()))}"
         )
 

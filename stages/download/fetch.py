@@ -13,7 +13,7 @@ import filelock
 import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
 
-from pipeline.params import is_remote, local_path
+from pipeline.params import is_remote, local_path, shown
 from pipeline.progress import bar
 from pipeline.tables import atomic, sha256_file
 from stages.download.errors import SourceError
@@ -68,19 +68,19 @@ def obtain(wanted: Wanted, downloads: Path) -> Obtained:
         raise SourceError(f"{path}: a folder, where {wanted.key} in params.yaml needs a file; is it `source: folder`?")
     if not path.exists():
         raise SourceError(f"{path}: no such file; set {wanted.key} in params.yaml to where it is")
-    page = _web_page(path)
+    origin, page = shown(wanted.location), _web_page(path)
     if page is not None:
         if remote:
             path.unlink()  # the next run asks again
         raise SourceError(
-            f"{wanted.location}: a web page{page}, not the file: the host wants a login or a confirmation. "
+            f"{origin}: a web page{page}, not the file: the host wants a login or a confirmation. "
             f"Download the file with a browser and set {wanted.key} in params.yaml to its path"
         )
     actual = sha256_file(path)
     if wanted.sha256 not in (None, actual):
         again = f"delete {path} to fetch it again" if remote else "get it again"
         raise SourceError(
-            f"{wanted.location}: wrong checksum: expected sha256 {wanted.sha256}, the file has {actual}. If it is "
+            f"{origin}: wrong checksum: expected sha256 {wanted.sha256}, the file has {actual}. If it is "
             f"damaged, {again}; if it is the one you want, set {wanted.sha256_key} in params.yaml to its hash"
         )
     return Obtained(path, actual, remote)
@@ -129,14 +129,13 @@ def download(address: str, key: str, downloads: Path) -> Path:
         try:
             attempts(_go_on, address, partial)
         except httpx.HTTPStatusError as error:
-            status = f"{error.response.status_code} {error.response.reason_phrase}".strip()
             raise SourceError(
-                f"{address}: the host answers {status}; set {key} in params.yaml to an address that works, "
+                f"{shown(address)}: {_why(error)}; set {key} in params.yaml to an address that works, "
                 "or to the path of a copy on this machine"
             ) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise SourceError(
-                f"{address}: cannot be fetched: {error or type(error).__name__}. Run again to go on with what has "
+                f"{shown(address)}: cannot be fetched: {_why(error)}. Run again to go on with what has "
                 f"come so far, or set {key} in params.yaml to another address or to the path of a copy on this machine"
             ) from error
         partial.replace(path)
@@ -153,7 +152,14 @@ def _worth_another_attempt(error: BaseException) -> bool:
 
 def _tell(state: RetryCallState) -> None:
     assert state.outcome is not None
-    log.warning("%s; trying again in %.0f s", state.outcome.exception(), state.upcoming_sleep)
+    log.warning("%s; trying again in %.0f s", _why(state.outcome.exception()), state.upcoming_sleep)
+
+
+def _why(error: BaseException | None) -> str:
+    """What has gone wrong; not in httpx's words where they repeat the address."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"the host answers {error.response.status_code} {error.response.reason_phrase}".strip()
+    return str(error) or type(error).__name__
 
 
 def _stalled(partial: Path) -> Callable[[RetryCallState], bool]:

@@ -124,6 +124,17 @@ def test_a_refusal_is_final_and_names_address_and_key(host: Any, tmp_path: Path)
     assert len(host.requests) == 1
 
 
+def test_what_signs_an_address_is_not_told(host: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    address = host.address("a.zip").replace("//", "//me:SECRET@") + "?signature=SECRET"
+    host.statuses = [503, 404]
+    for reason in ("the host answers 404 Not Found", "a web page"):
+        with pytest.raises(SourceError, match=f"^{host.address('a.zip')}: {reason}") as caught:
+            obtain(wanted(address), tmp_path)
+        assert "SECRET" not in str(caught.value) + caplog.text
+        host.files["a.zip?signature=SECRET"] = b"<html>"
+    assert "the host answers 503 Service Unavailable; trying again" in caplog.text
+
+
 def test_a_host_out_of_reach_is_named(host: Any, tmp_path: Path) -> None:
     address = host.address("a.zip")
     host.server_close()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import ruamel.yaml
 
-from pipeline.params import ParamsError, flatten, load_params
+from pipeline.params import ParamsError, flatten, load_params, shown, without_secrets
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +28,32 @@ def test_flatten_gives_every_value_by_its_dotted_name() -> None:
     assert flat["train.head.margin"] == 0.35
     assert flat["align.detector.thresholds"] == [0.6, 0.7, 0.7]
     assert flat["download.lfw.folds"] == 10
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("https://host/a.zip", "https://host/a.zip"),
+        ("https://me:secret@host:80/a@b.zip?X-Signature=s&b=/", "https://host:80/a@b.zip"),
+        ("postgresql://me:s@cret@host/runs", "postgresql://host/runs"),
+        ("sqlite:////work/mlflow.db", "sqlite:////work/mlflow.db"),
+        ("../faces/me@home?.zip", "../faces/me@home?.zip"),
+    ],
+)
+def test_addresses_are_shown_without_secrets(address: str, expected: str) -> None:
+    assert shown(address) == expected
+
+
+def test_secrets_of_addresses_are_not_recorded(tmp_path: Path) -> None:
+    content = default()
+    local = ["stages/download", "stages/download"]
+    content["download"]["lfw"] = given("https://host/lfw.tgz?key=SECRET", "https://me:SECRET@host/pairs.txt", local)
+    params = load(tmp_path, content)
+    assert flatten(params)["download.lfw.location"] == "https://host/lfw.tgz"
+    assert flatten(params)["download.lfw.pairs"] == "https://host/pairs.txt"
+    text = (tmp_path / "params.yaml").read_text()
+    assert without_secrets(text, params) == text.replace("?key=SECRET", "").replace("me:SECRET@", "")
+    assert "SECRET" not in without_secrets(text, params)
 
 
 WRONG: list[tuple[str, Any, str]] = [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -14,7 +15,7 @@ from mlflow.entities import Run
 from torch import nn
 
 from pipeline import registry, servers, tracking
-from pipeline.params import Backbone, Params
+from pipeline.params import Archive, Backbone, Params
 from pipeline.tracking import NoRun, TrackingError, training_run, training_run_of
 from stages.train.model import build_model, load_model, save_model
 
@@ -88,6 +89,46 @@ def test_a_training_run_says_what_it_was(project: Path, tracked: Params) -> None
     assert (tags["data.shards"], tags["colour"]) == ("abc", "blue")
     files = MlflowClient(tracking.store_uri()).list_artifacts(found.info.run_id)
     assert {file.path for file in files} == {"dvc.lock", "params.yaml"}
+
+
+def test_addresses_are_recorded_without_what_signs_them(project: Path, tracked: Params, tmp_path: Path) -> None:
+    secret = "https://me:SECRET@host/casia.zip?key=SECRET"
+    train = Archive(source="archive", watch=[], location=secret, sha256=None, pairs=None, pairs_sha256=None)
+    params = tracked.model_copy(update={"download": tracked.download.model_copy(update={"train": train})})
+    for file in ("params.yaml", "dvc.lock"):
+        before = (project / file).read_text()
+        (project / file).write_text(f"location: {secret}\n")
+        with training_run(params, lineage={}):
+            pass
+        (project / file).write_text(before)
+        (found, *_) = recorded(project, params)
+        assert found.data.params["download.train.location"] == "https://host/casia.zip"
+        path = tracking.fetch(MlflowClient(tracking.store_uri()), found.info.run_id, file, tmp_path)
+        assert path.read_text() == "location: https://host/casia.zip\n"
+
+
+def test_the_password_of_a_store_is_not_told(project: Path, tracked: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"http://me:SECRET@127.0.0.1:{servers.free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(TrackingError) as caught, training_run(tracked, lineage={}):
+        pass
+    assert "SECRET" not in str(caught.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "carrier-pigeon://me:SECRET@loft")
+    with pytest.raises(TrackingError, match="carrier-pigeon://loft") as caught, training_run(tracked, lineage={}):
+        pass
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_server_keeps_its_store_to_itself(project: Path, tracked: Params) -> None:
+    """What a command line says every user of the machine can see; the server must find its store all the same."""
+    with training_run(tracked, lineage={}) as run:
+        pass
+    with servers.mlflow_server(servers.free_port()) as server:
+        found = MlflowClient(server.address).get_run(str(run.id))
+        started = psutil.Process(server.process.pid)
+        lines = [" ".join(each.cmdline()) for each in (started, *started.children(recursive=True))]
+    assert found.data.params["train.head.scale"] == "64.0"
+    assert tracking.store_uri() not in "\n".join(lines)
 
 
 def test_changed_code_is_dirty_and_a_changed_lock_is_not(project: Path, tracked: Params) -> None:
