@@ -143,18 +143,29 @@ def _run_photographs(set_name: str, source: Local | Archive, out: Path, download
     pairs: list[Pair] = []
     key = f"download.{set_name}"
     if source.pairs is not None:
-        wanted = Wanted(source.pairs, source.pairs_sha256, f"{key}.pairs", f"{key}.pairs_sha256")
-        obtained.append(obtain(wanted, downloads))
-        pairs = read_pairs(set_name, obtained[-1].path, shown(source.pairs))
+        file = obtain(Wanted(source.pairs, source.pairs_sha256, f"{key}.pairs", f"{key}.pairs_sha256"), downloads)
+        obtained.append(file)
+        with file.used():
+            pairs = read_pairs(set_name, file.path, shown(source.pairs))
     if isinstance(source, Archive):
-        wanted = Wanted(source.location, source.sha256, f"{key}.location", f"{key}.sha256")
-        obtained.append(obtain(wanted, downloads))
-        content, members = obtained[-1].sha256, archive_members(obtained[-1].path)
+        file = obtain(Wanted(source.location, source.sha256, f"{key}.location", f"{key}.sha256"), downloads)
+        obtained.append(file)
+        with file.used():
+            contents = _write_set(set_name, source, out, pairs, file.sha256, archive_members(file.path))
     else:
         folder = local_path(source.location)
         if not folder.is_dir():
             raise SourceError(f"{folder}: no such folder; set {key}.location in params.yaml to where it is")
-        content, members = folder_digest(folder), folder_members(folder)
+        contents = _write_set(set_name, source, out, pairs, folder_digest(folder), folder_members(folder))
+    for file in obtained:
+        file.discard()
+    _report(set_name, contents, len(pairs))
+
+
+def _write_set(
+    set_name: str, source: Local | Archive, out: Path, pairs: list[Pair], content: str, members: Iterator[Member]
+) -> Contents:
+    """Write the parts and the pairs of a set; `content` is the hash of what `members` come from."""
     contents = Contents()
     with tables.resumable(out, tables.fingerprint(set_name, content, code=(CODE,))) as unfinished:
         _write_parts(set_name, unfinished, _photographs(set_name, members, contents))
@@ -163,9 +174,7 @@ def _run_photographs(set_name: str, source: Local | Archive, out: Path, download
             known = contents.videos if set_name == "ytf" else contents.paths
             check_pairs(pairs, known, shown(source.pairs), shown(source.location))
             tables.write_table(unfinished / "pairs.parquet", pairs_table(pairs), tables.PAIRS)
-    for file in obtained:
-        file.discard()
-    _report(set_name, contents, len(pairs))
+    return contents
 
 
 def _photographs(set_name: str, members: Iterable[Member], contents: Contents) -> Iterator[tuple[Ids, Member]]:

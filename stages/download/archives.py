@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
-from stages.download.errors import SourceError
+from stages.download.errors import DamagedError
 
 # RuntimeError is how zipfile refuses encrypted members and unknown compression, ValueError names that are no text.
 _BROKEN = (
@@ -49,7 +49,7 @@ class Member:
         """The bytes; to be asked for before the next member is.
 
         Raises:
-            SourceError: the source is cut short, damaged or encrypted here.
+            DamagedError: the source is cut short, damaged or encrypted here.
         """
         try:
             return self.content()
@@ -57,8 +57,8 @@ class Member:
             raise _broken(self.source, f"cannot read {self.name!r}", error) from error
 
 
-def _broken(source: Path, what: str, error: Exception) -> SourceError:
-    return SourceError(
+def _broken(source: Path, what: str, error: Exception) -> DamagedError:
+    return DamagedError(
         f"{source}: {what}: {error or type(error).__name__}. If it is cut short or damaged, get it again"
     )
 
@@ -94,7 +94,7 @@ def archive_members(archive: Path) -> Iterator[Member]:
     """What lies in a zip or a tar (plain, gz, bz2 or xz; told by content, not by name), in the archive's order.
 
     Raises:
-        SourceError: it is neither, or it is cut short or damaged; between two members too, and at the end.
+        DamagedError: it is neither, or it is cut short or damaged; between two members too, and at the end.
     """
     with archive.open("rb") as file:
         zipped = file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")

@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
@@ -16,7 +17,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponent
 from pipeline.params import is_remote, local_path, shown
 from pipeline.progress import bar
 from pipeline.tables import atomic, sha256_file
-from stages.download.errors import SourceError
+from stages.download.errors import DamagedError, SourceError
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,19 @@ class Obtained:
     path: Path
     sha256: str
     downloaded: bool
+    vouched: bool
+    """params.yaml has its hash: it is the file that is meant, whatever may be wrong with it."""
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Use it within the block; where it proves damaged, the next run fetches it again."""
+        try:
+            yield
+        except DamagedError:
+            if self.downloaded and not self.vouched:
+                self.path.unlink()
+                log.warning("%s: removed; the next run fetches it again", self.path)
+            raise
 
     def discard(self) -> None:
         """Remove the file if it was fetched; what was there before us stays."""
@@ -83,7 +97,7 @@ def obtain(wanted: Wanted, downloads: Path) -> Obtained:
             f"{origin}: wrong checksum: expected sha256 {wanted.sha256}, the file has {actual}. If it is "
             f"damaged, {again}; if it is the one you want, set {wanted.sha256_key} in params.yaml to its hash"
         )
-    return Obtained(path, actual, remote)
+    return Obtained(path, actual, downloaded=remote, vouched=wanted.sha256 is not None)
 
 
 def _web_page(path: Path) -> str | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from pipeline.tables import PAIRS
-from stages.download.errors import SourceError
+from stages.download.errors import DamagedError, SourceError
 
 
 class Pair(NamedTuple):
@@ -32,16 +32,16 @@ def read_pairs(set_name: str, path: Path, origin: str) -> list[Pair]:
         origin: what to call it in messages: where params.yaml says that it is.
 
     Raises:
-        SourceError: a line is malformed or the list is not as long as its header says; names file and line.
+        DamagedError: a line is malformed or the list is not as long as its header says; names file and line.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # with or without the mark that Windows puts first
     except UnicodeDecodeError as error:
-        raise SourceError(f"{origin}: not a text file: {error}") from error
+        raise DamagedError(f"{origin}: not a text file: {error}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     pairs = list((_lfw if set_name == "lfw" else _ytf)(numbered, origin))
     if not pairs:
-        raise SourceError(f"{origin}: holds no pairs")
+        raise DamagedError(f"{origin}: holds no pairs")
     return pairs
 
 
@@ -53,10 +53,10 @@ def _lfw(lines: list[tuple[int, str]], origin: str) -> Iterator[Pair]:
     first, header = lines[0] if lines else (1, "")
     numbers = header.split()
     if len(numbers) not in (1, 2) or not all(number.isdecimal() for number in numbers):
-        raise SourceError(f"{origin}:{first}: expected a header `folds<TAB>pairs of each kind`, found {header!r}")
+        raise DamagedError(f"{origin}:{first}: expected a header `folds<TAB>pairs of each kind`, found {header!r}")
     folds, each = map(int, numbers if len(numbers) == 2 else ["1", *numbers])
     if len(lines) - 1 != folds * 2 * each:
-        raise SourceError(
+        raise DamagedError(
             f"{origin}: holds {len(lines) - 1} pairs, but its header {header!r} means {folds} × 2 × {each} = "
             f"{folds * 2 * each}"
         )
@@ -67,10 +67,10 @@ def _lfw(lines: list[tuple[int, str]], origin: str) -> Iterator[Pair]:
             case [name, i, other, j] if i.isdecimal() and j.isdecimal():
                 left, right, same = _lfw_image(name, i), _lfw_image(other, j), False
             case _:
-                raise SourceError(f"{origin}:{number}: expected `name i j` or `name1 i name2 j`, found {line!r}")
+                raise DamagedError(f"{origin}:{number}: expected `name i j` or `name1 i name2 j`, found {line!r}")
         if same != (index % (2 * each) < each):
             expected = "different people" if same else "the same person"
-            raise SourceError(f"{origin}:{number}: by the header a pair of {expected} stands here, found {line!r}")
+            raise DamagedError(f"{origin}:{number}: by the header a pair of {expected} stands here, found {line!r}")
         yield Pair(number, index // (2 * each), left, right, same)
 
 
@@ -90,7 +90,7 @@ def _ytf(lines: list[tuple[int, str]], origin: str) -> Iterator[Pair]:
             ):
                 yield Pair(number, int(split) - 1, left, right, same == "1")
             case _:
-                raise SourceError(
+                raise DamagedError(
                     f"{origin}:{number}: expected `split, n, name/video, name/video, same` with split from 1 and "
                     f"same 0 or 1, found {line!r}"
                 )

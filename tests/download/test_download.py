@@ -19,6 +19,7 @@ import stages.download
 from pipeline import tables
 from pipeline.params import Archive, Local, Synthetic
 from stages.download import SourceError, run, synthetic
+from stages.download.errors import DamagedError
 from tests.samples import HERE
 
 ROOT = Path(__file__).parents[2]
@@ -212,6 +213,32 @@ def test_from_an_address_nothing_fetched_stays_behind(
     assert tables.read_parts(tmp_path / "raw", tables.RAW).to_pydict() == expected(LFW)
     assert [path for path in downloads.iterdir() if path.suffix != ".lock"] == []
     assert [request[0] for request in host.requests].count("lfw.tgz") == 2  # the dropped one and its rest
+
+
+@pytest.mark.parametrize("broken", ["lfw.tgz", "pairs.txt"])
+def test_a_damaged_download_is_fetched_again_by_the_next_run(broken: str, host: Any, tmp_path: Path) -> None:
+    whole = {"lfw.tgz": tarred(tmp_path / "lfw.tgz", LFW).read_bytes(), "pairs.txt": PAIRS.encode()}
+    source = archive(host.address("lfw.tgz"), host.address("pairs.txt"))
+    downloads = tmp_path / "downloads"
+    host.files |= whole | {broken: whole[broken][:-9]}
+    with pytest.raises(DamagedError):
+        run("lfw", source, tmp_path / "raw", HERE, downloads)
+    assert not list(downloads.glob(f"*-{broken}"))
+    host.files |= whole
+    run("lfw", source, tmp_path / "raw", HERE, downloads)
+    assert tables.read_parts(tmp_path / "raw", tables.RAW).to_pydict() == expected(LFW)
+
+
+def test_a_damaged_file_that_is_the_one_meant_stays(host: Any, tmp_path: Path) -> None:
+    damaged = zipped(tmp_path / "a.zip", FACES).read_bytes()[:-30]
+    host.files["a.zip"] = damaged
+    source = archive(host.address("a.zip"), sha256=hashlib.sha256(damaged).hexdigest())
+    for location in (source, archive(tmp_path / "mine.zip")):
+        (tmp_path / "mine.zip").write_bytes(damaged)
+        with pytest.raises(DamagedError):
+            run("train", location, tmp_path / "raw", HERE, tmp_path / "downloads")
+    assert (tmp_path / "mine.zip").exists()
+    assert len(list((tmp_path / "downloads").glob("*-a.zip"))) == 1
 
 
 def test_who_waits_for_another_process_fetches_anew(

@@ -172,7 +172,9 @@ def test_a_wrong_checksum_shows_both_and_costs_no_second_download(host: Any, tmp
         f"delete {path} to fetch it again; if it is the one you want, set download.lfw.sha256 in params.yaml to its "
         "hash"
     )
-    assert obtain(wanted(address, sha256(CONTENT)), tmp_path) == Obtained(path, sha256(CONTENT), downloaded=True)
+    assert obtain(wanted(address, sha256(CONTENT)), tmp_path) == Obtained(
+        path, sha256(CONTENT), downloaded=True, vouched=True
+    )
     assert len(host.requests) == 1
 
 
