@@ -51,10 +51,10 @@ class AllPairs:
         """Over all pairs of images of the validation split: AUC, and TAR at a FAR of 1 %."""
         width = self._params.backbone.width
         embeddings, mirrored, labels = [], [], []
-        with training.judging():
+        with training.judging() as model:
             for batch in validation_batches(self._split, self._face, 128, width, device):
-                embeddings.append(training.model(batch.images).cpu())
-                mirrored.append(training.model(batch.images.flip(3)).cpu())
+                embeddings.append(model(batch.images).cpu())
+                mirrored.append(model(batch.images.flip(3)).cpu())
                 labels.append(batch.labels.cpu())
         features = unit(torch.cat(embeddings).numpy(), torch.cat(mirrored).numpy(), "concatenate")
         left, right = np.triu_indices(len(features), 1)

@@ -159,7 +159,7 @@ def run(name: str, params: Params, work: Path, out: Path) -> None:
     train(params.train, params.machine, loader, validation, training, done, device, checkpoints, lambda *_: None)
     seconds, computed = time.perf_counter() - started, time.process_time() - computed
     models = work / "models" / out.stem
-    save_model(models, training.model, training.head, {"backbone": params.train.backbone.model_dump()})
+    save_model(models, training.outcome, training.head, {"backbone": params.train.backbone.model_dump()})
     results = work / "reports" / out.stem
     raw = work / "raw" / "lfw"
     embedded = work / "embedded" / out.stem / "lfw"

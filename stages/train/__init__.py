@@ -130,7 +130,7 @@ def _write(models: Path, training: Training, params: Params, data: dict[str, str
         "params": {name: getattr(params, name).model_dump(mode="json") for name in ("align", "shard", "train")},
         "data": data,
     }
-    save_model(models, training.model, training.head, description)
+    save_model(models, training.outcome, training.head, description)
     with atomic(models / "history.csv") as path:
         path.write_text(history_csv(training.history))
     metrics = {

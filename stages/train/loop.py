@@ -3,6 +3,7 @@
 Several processes run it side by side, each on its share of every batch: see ranks.py.
 """
 
+import copy
 import csv
 import io
 import logging
@@ -84,10 +85,17 @@ class Training:
     """Of the examples since the last row: _SUMS."""
     broken: Tensor
     """(2,) the first iteration, counted from 1, whose loss or gradient was not finite, and its gradient norm."""
+    mean: FaceModel | None = None
+    """The running mean of the model's weights, where there is one."""
     ranks: Ranks = ALONE
     history: list[Row] = field(default_factory=list)
     run_id: str | None = None
     """Of the MLflow run, so that a resumed training goes on in the same one."""
+
+    @property
+    def outcome(self) -> FaceModel:
+        """What is judged, and what becomes of the training."""
+        return self.mean or self.model
 
     @property
     def momentum(self) -> dict[str, Tensor]:
@@ -100,6 +108,7 @@ class Training:
         optimizer["state"] = {key: value for key, value in optimizer["state"].items() if key != self._last}
         return {
             "model": self.model.state_dict(),
+            "mean": self.mean and self.mean.state_dict(),
             "head": {name: value for name, value in self.head.state_dict().items() if name != "weight"},
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
@@ -121,6 +130,8 @@ class Training:
         """From a checkpoint, by whatever number of ranks."""
         common, mine = saved.common, self.ranks.share(self.head.classes)
         self.model.load_state_dict(common["model"])
+        if self.mean:
+            self.mean.load_state_dict(common["mean"])
         weight = _rows([own["weight"] for own in saved.own], mine).to(self.sums.device)
         self.head.load_state_dict(common["head"] | {"weight": weight})
         names = saved.own[0]["momentum"]
@@ -143,11 +154,11 @@ class Training:
         return len(self.optimizer.param_groups[0]["params"]) - 1
 
     @contextmanager
-    def judging(self) -> Iterator[None]:
-        """In evaluation mode for a while."""
+    def judging(self) -> Iterator[FaceModel]:
+        """In evaluation mode for a while; gives what is to be judged."""
         self.model.eval()
         self.head.eval()
-        yield
+        yield self.outcome
         self.model.train()
         self.head.train()
 
@@ -161,20 +172,23 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
     """A training at iteration 0; its weights follow from `params.seed`, whatever the number of ranks.
 
     Raises:
-        InputError: there are more ranks than the identities allow.
+        InputError: there are more ranks than the identities allow, or the network has no dropout to set.
     """
     torch.manual_seed(params.seed)
     # cuDNN's convolutions would use TF32 unasked.
     torch.backends.cudnn.allow_tf32 = params.precision == "tf32"
     model = build_model(params.backbone).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.recompute = params.recompute
-    if params.compile:
-        model.backbone.compile(fullgraph=True)
+    if params.dropout is not None:
+        _set_dropout(model, params)
     head = build_head(params.head, classes, params.backbone.embedding, ranks)
     if ranks.size > 1:
         made_alike(model, ranks)
         torch.manual_seed(_seed(params.seed, ranks.rank))  # or dropout would be the same on all
     head.to(device)
+    mean = copy.deepcopy(model).eval() if params.average else None
+    if params.compile:
+        model.backbone.compile(fullgraph=True)
     sgd = params.optimizer
     optimizer = torch.optim.SGD(
         [*model.parameters(), head.weight],
@@ -189,7 +203,19 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scaler = torch.amp.GradScaler(device.type, enabled=params.precision == "fp16")
     sums, broken = (torch.zeros(size, dtype=torch.float64, device=device) for size in (len(_SUMS), 2))
-    return Training(model.train(), head.train(), optimizer, scaler, sums, broken, ranks)
+    return Training(model.train(), head.train(), optimizer, scaler, sums, broken, mean, ranks)
+
+
+def _set_dropout(model: FaceModel, params: Train) -> None:
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    if not layers:
+        raise InputError(
+            f"train.dropout: {params.dropout:g}, but {params.backbone.name} has no dropout; IR networks have: set it "
+            "to null"
+        )
+    assert params.dropout is not None
+    for layer in layers:
+        layer.p = params.dropout
 
 
 def _seed(*of: int) -> int:
@@ -288,6 +314,7 @@ def step(training: Training, params: Train, iteration: int, images: Tensor, labe
     training.optimizer.zero_grad()
     with _sampled(training, params, iteration, labels):
         _learn(training, params, iteration, images, labels)
+    _average(training, params, iteration)
 
 
 def _learn(training: Training, params: Train, iteration: int, images: Tensor, labels: Tensor) -> None:
@@ -336,6 +363,22 @@ def _exchange(training: Training) -> None:
     assert training.head.weight.grad is not None
     gradients[0].add_(0 * training.head.weight.grad.norm())
     sum_together([*gradients, *statistics])
+
+
+@torch.no_grad()
+def _average(training: Training, params: Train, iteration: int) -> None:
+    """Let the mean follow the weights and the running statistics (Polyak and Juditsky, SIAM J. Control Optim. 1992,
+    with weights that fall by `params.average` an iteration): a plain mean at first, until that reaches further back.
+    """
+    if training.mean is None or params.average is None:
+        return
+    share = max(1 - params.average, 1 / (iteration + 1))
+    means, values = (list(model.state_dict().values()) for model in (training.mean, training.model))
+    numbers = [i for i, value in enumerate(values) if value.is_floating_point()]
+    torch._foreach_lerp_([means[i] for i in numbers], [values[i] for i in numbers], share)
+    for mean, value in zip(means, values, strict=True):
+        if not value.is_floating_point():  # how many batches the statistics have seen
+            mean.copy_(value)
 
 
 @contextmanager

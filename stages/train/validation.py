@@ -25,9 +25,9 @@ class ByImage:
             return {}
         correct = torch.zeros((), dtype=torch.int64, device=device)
         params = self._params
-        with training.judging():
+        with training.judging() as model:
             for batch in validation_batches(self._split, self._face, params.batch, params.backbone.width, device):
-                correct += training.head(training.model(batch.images), batch.labels).correct.sum()
+                correct += training.head(model(batch.images), batch.labels).correct.sum()
         return {"val_accuracy": correct.item() / len(self._split)}
 
 
@@ -45,10 +45,10 @@ class ByIdentity:
     def __call__(self, training: Training, device: torch.device) -> dict[str, float]:
         """`val_auc`, of the cosines of single embeddings, without the flip-test."""
         params = self._params
-        with training.judging():
+        with training.judging() as model:
             embeddings = torch.cat(
                 [
-                    nn.functional.normalize(training.model(batch.images)).cpu()
+                    nn.functional.normalize(model(batch.images)).cpu()
                     for batch in validation_batches(
                         self._split, self._face, params.batch, params.backbone.width, device
                     )
