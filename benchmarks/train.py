@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
+from pipeline import tables
 from pipeline.executor import choose_device, cores, keep_memory
 from pipeline.params import Train, load_params
 from stages.train import loop
@@ -124,6 +125,24 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
+def summary(own: list[dict[str, Any] | None], rounds: dict[str, list[dict[str, Any] | None]]) -> dict[str, Any]:
+    """Medians of a contestant's rounds, and ratios to the references; nothing where memory was too small for it."""
+    found = [each for each in own if each is not None]
+    if not found:
+        return {"memory": "too small"}
+    medians = {
+        what: round(statistics.median(each[what] for each in found), 3) if found[0][what] is not None else None
+        for what in ("images_per_second", "teraflops", "mfu", "memory_gib")
+    }
+    ratios = {
+        other: [
+            a["images_per_second"] / b["images_per_second"] for a, b in zip(own, rounds[other], strict=True) if a and b
+        ]
+        for other in ("reference fp32", "reference bf16")
+    }
+    return medians | {f"times_{other}": spread(values) for other, values in ratios.items() if values}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         name, backbone, batch, precision, compiled, steps = sys.argv[2:8]
@@ -136,6 +155,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20 if gpu else 3)
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 512, 1024] if gpu else [16])
     parser.add_argument("--backbones", nargs="+", default=["iresnet50", "sphere64"])
+    kind = torch.cuda.get_device_name().lower().replace(" ", "-") if gpu else "cpu"
+    parser.add_argument("--out", type=Path, default=RESULTS / f"train-{kind}.json")
     arguments = parser.parse_args()
     contestants = [("reference", "fp32", ""), ("reference", "bf16", "")]
     contestants += [("ours", "fp32", ""), ("ours", "bf16", ""), ("ours", "bf16", "compiled")]
@@ -152,7 +173,7 @@ def main() -> None:
     }
     for backbone in arguments.backbones:
         for batch in arguments.batches:
-            rounds: dict[str, list[dict[str, Any]]] = {}
+            rounds: dict[str, list[dict[str, Any] | None]] = {}
             for _ in range(arguments.rounds):
                 for contestant in contestants:
                     name, precision, compiled = contestant
@@ -163,23 +184,17 @@ def main() -> None:
                         text=True,
                         env=os.environ | {"PYTHONPATH": str(ROOT)},
                     )
-                    if done.returncode:
+                    fits = "OutOfMemoryError" not in done.stderr
+                    if done.returncode and fits:
                         raise RuntimeError(done.stderr)
                     key = " ".join(word for word in contestant if word)
-                    rounds.setdefault(key, []).append(json.loads(done.stdout.splitlines()[-1]))
+                    rounds.setdefault(key, []).append(json.loads(done.stdout.splitlines()[-1]) if fits else None)
             for key, own in rounds.items():
-                row = {"backbone": backbone, "batch": batch, "step": key}
-                row |= {
-                    what: round(statistics.median(each[what] for each in own), 3) if own[0][what] is not None else None
-                    for what in ("images_per_second", "teraflops", "mfu", "memory_gib")
-                }
-                for other in ("reference fp32", "reference bf16"):
-                    pairs = zip(own, rounds[other], strict=True)
-                    row[f"times_{other}"] = spread([a["images_per_second"] / b["images_per_second"] for a, b in pairs])
+                row = {"backbone": backbone, "batch": batch, "step": key} | summary(own, rounds)
                 result["rows"].append(row)
                 print(json.dumps(row), flush=True)
-    kind = torch.cuda.get_device_name().lower().replace(" ", "-") if gpu else "cpu"
-    (RESULTS / f"train-{kind}.json").write_text(json.dumps(result, indent=2) + "\n")
+            with tables.atomic(arguments.out) as path:
+                path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -494,6 +494,8 @@ class Train(Section):
             )
         if self.batch % self.micro_batches or self.batch // self.micro_batches < 2:
             raise ValueError(f"micro_batches: {self.micro_batches} equal parts, two images at least, of {self.batch}?")
+        if self.compile and self.recompute:
+            raise ValueError("compile and recompute exclude each other: set one of them to false")
         return self
 
 

@@ -22,7 +22,7 @@ from stages.train.loader import Loader
 from stages.train.loop import Row, Training, begin, history_csv, train
 from stages.train.meter import Speed
 from stages.train.model import input_contract, save_model
-from stages.train.ranks import Ranks, barrier, collected, take_gpu, together
+from stages.train.ranks import Ranks, collected, take_gpu, together
 from stages.train.sheet import write_sheet
 from stages.train.validation import ByIdentity, ByImage
 
@@ -110,7 +110,6 @@ def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, dev
             tracked.set_tag("model.sha256", model_digest(models))
             tracked.log_model(models)
             checkpoints.clear()
-    barrier(ranks)
     last = training.history[-1]
     log.info(
         "trained: loss %.3f, accuracy %.3f; validation: accuracy %s, AUC %s",

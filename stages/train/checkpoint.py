@@ -6,7 +6,6 @@ checkpoint.
 """
 
 import logging
-import pickle
 import re
 import shutil
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from stages.train.ranks import ALONE, Ranks, agreed, barrier
 log = logging.getLogger(__name__)
 
 _WHOLE = re.compile(r"iteration-(\d{8})\.pt")
-_UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,9 @@ class Checkpoints:
         barrier(self._ranks)
         if self._ranks.first:
             self._write(self.folder / f"iteration-{iteration:08d}.pt", common | {"ranks": self._ranks.size})
-            for old in self._iterations()[: -self._kept]:
+            there = self._iterations()
+            later = [other for other in there if other > iteration]  # which could not be read, or this were none
+            for old in [*there[: len(there) - len(later)][: -self._kept], *later]:
                 # what makes it one goes first
                 for path in sorted(self.folder.glob(f"iteration-{old:08d}.*"), key=lambda path: len(path.name)):
                     path.unlink()
@@ -83,7 +83,9 @@ class Checkpoints:
                 size = common.pop("ranks")
                 own = [_load(path := self._own(iteration, rank, size)) for rank in range(size)]
                 problem = ""
-            except _UNREADABLE as error:
+            except MemoryError:
+                raise
+            except Exception as error:  # of a damaged one, anything
                 problem = type(error).__name__
             # What one cannot read, nobody goes on from
             if agreed(self._ranks, int(bool(problem)))[0]:

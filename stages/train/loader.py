@@ -129,11 +129,12 @@ class Loader(IterableDataset[Batch]):
                 iteration += worker.num_workers
         builder = _Builder(self, pin=self._device.type == "cuda")
         threads = min(MAX_THREADS, cores())
+        most = 2 * threads if self._on_device is None else 2  # batches that take its memory, too
         ahead: deque[Future[Batch]] = deque()
         submitted = self._iteration
         with ThreadPoolExecutor(threads, "loader") as pool:
             while True:
-                while len(ahead) <= 2 * threads:
+                while len(ahead) <= most:
                     builder.read_ahead(submitted)
                     ahead.append(pool.submit(builder.build, submitted))
                     submitted += 1
@@ -171,14 +172,16 @@ class _Builder:
         if of._on_device is not None:
             faces = of._on_device.index_select(0, torch.from_numpy(rows).to(of._on_device.device))
             return _batch(crop_and_flip(faces, draws, width), of._labels[rows])
-        out = _pinned((share, HEIGHT, width, 3)) if self._pin else unaligned((share, HEIGHT, width, 3))
+        shape = (share, HEIGHT, width, 3)
+        images = _pinned(shape) if self._pin else torch.from_numpy(unaligned(shape))
+        out = images.numpy()
         labels = self._fill(out, rows, draws)
         flip_first(out, draws.flips)
         if params.augment.by_image:
             if not hasattr(self._local, "augmenter"):
                 self._local.augmenter = ImageAugmenter(params.augment, width)
             self._local.augmenter(out, draws.seed)
-        return _batch(torch.from_numpy(out), labels)
+        return _batch(images, labels)
 
     def _fill(self, out: NDArray[np.uint8], rows: NDArray[np.int64], draws: Draws) -> NDArray[np.int32]:
         """Put what the network sees of some rows where it belongs; their labels."""
@@ -227,10 +230,14 @@ def validation_batches(split: Split, face: Face, batch: int, width: int, device:
             yield ready.to(device)
 
 
-def _pinned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """As faces.unaligned, in memory that a GPU reads by itself."""
+def _pinned(shape: tuple[int, ...]) -> Tensor:
+    """As faces.unaligned, in memory that a GPU reads by itself.
+
+    What goes to the GPU must be this very tensor, not another one over the same numpy array: by it torch knows not to
+    give the memory to the next batch while the GPU still reads.
+    """
     size = int(np.prod(shape))
-    return torch.empty(size + 1, dtype=torch.uint8, pin_memory=True)[1:].view(shape).numpy()
+    return torch.empty(size + 1, dtype=torch.uint8, pin_memory=True)[1:].view(shape)
 
 
 def _batch(images: Tensor, labels: NDArray[np.int32]) -> Batch:

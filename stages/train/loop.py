@@ -341,7 +341,9 @@ def _learn(training: Training, params: Train, iteration: int, images: Tensor, la
     # A scaled gradient may be too large for fp16 now and then: such a step is left out, and the scale lowered.
     bad = ~loss.isfinite() if training.scaler.is_enabled() else ~(loss.isfinite() & finite)
     first = bad & (training.broken[0] == 0)
-    training.broken = torch.where(first, torch.stack([norm.new_tensor(iteration + 1), norm]).double(), training.broken)
+    training.broken = torch.where(
+        first, torch.stack([torch.full_like(norm, iteration + 1), norm]).double(), training.broken
+    )
 
 
 @torch.no_grad()

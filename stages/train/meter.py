@@ -11,7 +11,10 @@ from stages.train.backbones import forward_flops
 from stages.train.loader import Loader
 
 _PEAKS: dict[str, dict[str, float]] = {
-    # Dense, without sparsity, in TFLOP/s, as NVIDIA's data sheets have them
+    # Dense, without sparsity, in TFLOP/s, as NVIDIA's data sheets have them; longer names first
+    "H200 NVL": {"fp32": 60, "tf32": 418, "bf16": 835, "fp16": 835},
+    "H100 NVL": {"fp32": 60, "tf32": 418, "bf16": 835, "fp16": 835},
+    "H100 PCIe": {"fp32": 51, "tf32": 378, "bf16": 756, "fp16": 756},
     "H200": {"fp32": 67, "tf32": 495, "bf16": 989, "fp16": 989},
     "H100": {"fp32": 67, "tf32": 495, "bf16": 989, "fp16": 989},
     "A100": {"fp32": 19.5, "tf32": 156, "bf16": 312, "fp16": 312},
@@ -49,6 +52,8 @@ class Meter:
     def reset(self, done: int) -> None:
         """Begin anew after `done` iterations."""
         self._started, self._since, self._waited = time.perf_counter(), done, self._loader.waited
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def read(self, done: int) -> Speed:
         """Of the iterations since the reset; waits for the GPU."""
@@ -74,5 +79,5 @@ def peak_teraflops(device: torch.device, precision: str) -> float | None:
     """What the GPU could do at best; None on a CPU and on GPUs whose data sheet is not in the table."""
     if device.type != "cuda":
         return None
-    words = torch.cuda.get_device_name(device).replace("-", " ").split()
-    return next((peaks.get(precision) for name, peaks in _PEAKS.items() if name in words), None)
+    words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
+    return next((peaks.get(precision) for name, peaks in _PEAKS.items() if words.issuperset(name.split())), None)

@@ -65,6 +65,8 @@ def take_gpu(machine: Machine) -> None:
     if count:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place] if visible else str(place)
+        if torch.cuda.device_count() != 1:  # where counting them has read the variable already
+            torch.cuda.set_device(place)
 
 
 @contextmanager

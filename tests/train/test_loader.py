@@ -232,3 +232,18 @@ def test_validation_sees_every_example_once_and_unchanged(shards: Shards) -> Non
     batches = list(validation_batches(split, shards.index.face, 5, 112, CPU))
     assert [len(batch.labels) for batch in batches] == [5, 5]
     assert (torch.cat([batch.labels for batch in batches]).numpy() == split.labels).all()
+
+
+def test_what_goes_to_a_gpu_is_the_pinned_tensor_itself(
+    shards: Shards, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another tensor over the same memory would not keep torch from giving it away while the GPU still reads."""
+    given = []
+
+    def pinned(shape: tuple[int, ...]) -> torch.Tensor:
+        given.append(torch.empty(int(np.prod(shape)) + 1, dtype=torch.uint8)[1:].view(shape))
+        return given[-1]
+
+    monkeypatch.setattr(loading, "_pinned", pinned)
+    batch = loading._Builder(make(shards, section(params)), pin=True).build(0)
+    assert batch.images.untyped_storage().data_ptr() == given[0].untyped_storage().data_ptr()

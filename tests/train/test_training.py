@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from pipeline.errors import InputError
 from pipeline.params import Params
 from stages import train
-from stages.train import checkpoint, loop
+from stages.train import checkpoint, loop, meter
 from tests.conftest import ROOT
 from tests.samples import shard_section, write_shards
 
@@ -127,6 +127,42 @@ def test_a_corrupt_newest_checkpoint_falls_back(tmp_path: Path, caplog: pytest.L
             assert "trying the one before" in caplog.text
         caplog.clear()
     assert checkpoint.Checkpoints(tmp_path, "other" * 13, 2).newest() is None
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_what_cannot_be_read_gives_way_to_what_is_saved(tmp_path: Path, kept: int) -> None:
+    saved = checkpoint.Checkpoints(tmp_path, "k" * 64, kept)
+    for iteration in (6, 8):
+        saved.save(iteration, {}, {"mine": torch.zeros(1)})
+    for path in saved.folder.iterdir():
+        path.write_bytes(b"damaged")
+    assert saved.newest() is None
+    saved.save(1, {}, {"mine": torch.zeros(1)})
+    assert {path.name for path in saved.folder.iterdir()} == {
+        "iteration-00000001.pt",
+        "iteration-00000001.rank-00-of-01.pt",
+    }
+    saved.save(2, {}, {"mine": torch.zeros(1)})
+    found = saved.newest()
+    assert found is not None
+    assert found.iteration == 2
+    assert len(list(saved.folder.iterdir())) == 2 * kept
+
+
+def test_any_damage_within_a_checkpoint_is_survived(tmp_path: Path) -> None:
+    """Bits turned over in the part that says what is where: some still load, none ends in another error."""
+    saved = checkpoint.Checkpoints(tmp_path, "k" * 64, 2)
+    saved.save(1, {"values": [torch.zeros(2), {"name": 1.5}]}, {})
+    path = saved.folder / "iteration-00000001.pt"
+    whole = path.read_bytes()
+    start = whole.index(b"data.pkl") + len(b"data.pkl")
+    draws, failed = random.Random(0), 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[start + draws.randrange(200)] ^= 1 << draws.randrange(8)
+        path.write_bytes(damaged)
+        failed += saved.newest() is None
+    assert failed > 100
 
 
 def changed(params: Params, **changes: Any) -> Params:
@@ -253,6 +289,48 @@ def test_the_model_is_the_mean_of_weights(
     assert not torch.equal(written["0.weight"].double(), seen[-1]["0.weight"])
     assert torch.equal(judged[-1].backbone.state_dict()["0.weight"], written["0.weight"])
     assert not judged[-1].training
+
+
+def test_compiled_and_computed_again_exclude_each_other(tiny: Params) -> None:
+    with pytest.raises(ValueError, match="compile and recompute exclude each other"):
+        changed(tiny, compile=True, recompute=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peaks_go_by_the_gpu_s_whole_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert meter.peak_teraflops(torch.device("cuda"), "bf16") == peak
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_does_not_wait_for_the_gpu(tiny: Params, precision: str) -> None:
+    device = torch.device("cuda")
+    params = changed(tiny, precision=precision, average=0.9).train
+    training = loop.begin(params, 4, device)
+    images = torch.zeros(16, 3, 112, 112, dtype=torch.uint8, device=device)
+    labels = torch.arange(16, device=device) % 4
+    for iteration in range(3):
+        if iteration == 2:  # what is done once is done
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            loop.step(training, params, iteration, images, labels)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_dropout_is_what_is_asked_for(tiny: Params) -> None:
