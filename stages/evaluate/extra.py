@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 FOLDS = 10
 """Of a .bin: equal parts, in order."""
+NAME = "extra/{}"
+"""What a set is called beside those of the project, whatever its file is called: extra/lfw is not lfw."""
 
 
 def run(folder: Path, model: Embedder, out: Path, params: Params, tracker: NoRun) -> None:
@@ -58,7 +60,8 @@ def run(folder: Path, model: Embedder, out: Path, params: Params, tracker: NoRun
     for path in files:
         scored, undetected = (_bin if path.suffix == ".bin" else _csv)(path, model, params)
         options = Options(params.evaluate.flip, params.evaluate.centre)
-        measure(scored, options, model.digest, out / path.stem, params.evaluate, tracker, path.stem, undetected)
+        name = NAME.format(path.stem)
+        measure(scored, options, model.digest, out / path.stem, params.evaluate, tracker, name, undetected)
     if not files:
         log.info("%s: no sets there", folder)
 

@@ -22,6 +22,7 @@ from pipeline.pages import data_uri, to_svg
 from pipeline.params import SETS, Params, Synthetic, flatten
 from pipeline.tracking import training_run_of
 from stages.evaluate import EvaluationError, figures, scoring
+from stages.evaluate.extra import NAME
 from stages.evaluate.features import blocks, choose_frames, matrix
 from stages.evaluate.scoring import Scored
 from stages.evaluate.verification import Metrics
@@ -119,7 +120,7 @@ def build(reports: Path, models: Path, aligned: Path, embedded: Path, out: Path,
     """
     protocols = [_protocol(name, reports / name, aligned / name, params) for name in PROTOCOLS]
     extra = sorted(path.name for path in (reports / "extra").iterdir() if (path / "scores.parquet").exists())
-    protocols += [_protocol(name, reports / "extra" / name, None, params) for name in extra]
+    protocols += [_protocol(NAME.format(name), reports / "extra" / name, None, params) for name in extra]
     megaface = _read_json(reports / "megaface" / "metrics.json")
     plane = _map(embedded / "lfw", params)
     pages.save_png(plane, out.with_name("map.png"))
@@ -210,10 +211,9 @@ def _protocol(name: str, results: Path, aligned: Path | None, params: Params) ->
     metrics = scored.verification(params.evaluate.fars).measure()
     rows = worst_errors(scored, metrics)
     false_matches, false_non_matches = (_pairs(scored, chosen, aligned) for chosen in rows)
-    style = "-style" if isinstance(getattr(params.download, name, None), Synthetic) else ""
     return Protocol(
         name=name,
-        title=f"{PROTOCOLS.get(name, name)}{style} pairs",
+        title=f"{_title(name, params)} pairs",
         metrics=metrics,
         found=_read_json(results / "metrics.json"),
         different=int((~scored.same).sum()),
@@ -229,6 +229,13 @@ def _protocol(name: str, results: Path, aligned: Path | None, params: Params) ->
         false_matches=false_matches,
         false_non_matches=false_non_matches,
     )
+
+
+def _title(name: str, params: Params) -> str:
+    """As papers write it, where it is a protocol of papers, and procedural faces are not taken for its photographs."""
+    if name not in PROTOCOLS:
+        return name
+    return PROTOCOLS[name] + ("-style" if isinstance(getattr(params.download, name), Synthetic) else "")
 
 
 def _parts(scored: Scored, metrics: Metrics, aligned: Path) -> list[Part]:

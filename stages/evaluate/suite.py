@@ -70,7 +70,8 @@ def text(out: Path, protocols: Sequence[str]) -> str:
         files = sorted(out.glob("extra/*/metrics.json")) if name == "extra" else [out / name / "metrics.json"]
         for file in files:
             found = json.loads(file.read_text())
-            shown.append(f"{file.parent.name}\n{_megaface(found) if name == 'megaface' else foreign.text(found)}")
+            title = file.parent.relative_to(out).as_posix()
+            shown.append(f"{title}\n{_megaface(found) if name == 'megaface' else foreign.text(found)}")
     return "\n\n".join(shown)
 
 

@@ -47,6 +47,22 @@ def write_bin(path: Path, pairs: int, protocol: int) -> list[bool]:
     return same
 
 
+class Recorder(NoRun):
+    """Remembers by what names something would go to MLflow."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.names += metrics
+
+    def log_figure(self, path: Path, artifact_name: str) -> None:
+        self.names.append(artifact_name)
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        self.names.append(f"{folder}/{path.name}")
+
+
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_bin_is_ten_folds_of_aligned_faces(tmp_path: Path, here: Params, protocol: int) -> None:
     (tmp_path / "in").mkdir()
@@ -133,6 +149,15 @@ def test_pairs_of_ones_own_photographs(tmp_path: Path, here: Params) -> None:
     (folder / "photos" / "wall.jpg").unlink()
     with pytest.raises(EvaluationError, match=r"mine\.csv: 1 photographs are not there, as .*wall\.jpg"):
         run(folder, MODEL, tmp_path / "again", here, NoRun())
+
+
+def test_what_is_called_as_a_set_of_the_project_is_recorded_apart_from_it(tmp_path: Path, here: Params) -> None:
+    (tmp_path / "in").mkdir()
+    write_bin(tmp_path / "in" / "lfw.bin", 40, 4)
+    recorder = Recorder()
+    run(tmp_path / "in", MODEL, tmp_path / "out", here, recorder)
+    assert {"extra/lfw/accuracy", "extra/lfw/roc.png", "extra/lfw/scores.parquet"} <= set(recorder.names)
+    assert all(name.startswith("extra/lfw/") for name in recorder.names)
 
 
 def test_nothing_there_is_no_error(tmp_path: Path, here: Params) -> None:

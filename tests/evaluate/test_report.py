@@ -2,6 +2,7 @@
 
 import base64
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def page_of(workspace: Workspace, reports: Path, out: Path, params: Params) -> s
     return out.read_text(encoding="utf-8")
 
 
+def assert_pictures_refer_to_themselves(text: str) -> None:
+    page = Page(text)
+    for reference in set(re.findall(r"url\(#([^)]+)\)", text)) | {v[1:] for v in page.fetched if v.startswith("#")}:
+        assert page.ids.count(reference) == 1, reference
+
+
 def scored(rows: list[tuple[int, float, bool]]) -> Scored:
     fold, score, same = zip(*rows, strict=True)
     names = [f"{i}" for i in range(len(rows))]
@@ -85,8 +92,7 @@ def test_page_fetches_nothing(workspace: Workspace, reports: Path, tmp_path: Pat
     beside = {f"align/{name}/index.html" for name in SETS} | {"shard/index.html", "audit/index.html"}
     assert all(value.startswith(("data:", "#")) or value in beside for value in page.fetched)
     assert not re.findall(r"url\((?!#)|@import|<script|<iframe|<object", text)
-    for reference in set(re.findall(r"url\(#([^)]+)\)", text)) | {v[1:] for v in page.fetched if v.startswith("#")}:
-        assert page.ids.count(reference) == 1, reference
+    assert_pictures_refer_to_themselves(text)
 
 
 def test_page_shows_worst_pairs_and_their_faces(
@@ -137,6 +143,16 @@ def test_page_has_the_figures(workspace: Workspace, reports: Path, tmp_path: Pat
     assert "train.head.margin" in text
     assert "machine.workers" not in text
     assert text.count("<svg") == 2 * 4 + 2 + 3
+
+
+def test_a_set_of_ones_own_is_told_from_the_project_s(
+    workspace: Workspace, reports: Path, tmp_path: Path, params: Params
+) -> None:
+    own = shutil.copytree(reports, tmp_path / "reports")
+    shutil.copytree(reports / "ytf", own / "extra" / "lfw")
+    lines = build(own, workspace.models, workspace.aligned, workspace.embedded, tmp_path / "index.html", params)
+    assert [line.split(":")[0] for line in lines[:3]] == ["LFW-style pairs", "YTF-style pairs", "extra/lfw pairs"]
+    assert_pictures_refer_to_themselves((tmp_path / "index.html").read_text(encoding="utf-8"))
 
 
 def test_page_is_the_same_every_time(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
