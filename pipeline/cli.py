@@ -220,7 +220,8 @@ def evaluate(
     model: Model = None,
     sets: Annotated[str, typer.Option(help="Some of lfw, ytf, megaface and extra, with commas.")] = "lfw,ytf,megaface",
     out: Annotated[
-        Path | None, typer.Option(help="A folder for the results; by default evaluations/<the model's SHA-256>.")
+        Path | None,
+        typer.Option(help="A folder for this model's results alone; by default evaluations/<the model's SHA-256>."),
     ] = None,
 ) -> None:
     """Evaluate any model on the sets of this project, without training; reports/ stays as it is.
@@ -236,6 +237,7 @@ def evaluate(
 
     configure_logging()
     params, protocols = load_params(), [name.strip() for name in sets.split(",")]
+    suite.check(protocols, out, params)
     with registry.located(model, params) as place:
         embedder = load_embedder(place.path, choose_device(params.machine.device), place.name)
         folder = out or Path("evaluations") / embedder.digest[:12]

@@ -27,11 +27,14 @@ from stages.evaluate.leaks import check_leaks
 from stages.evaluate.scoring import FLIP, Options, Scored
 from stages.evaluate.verification import EvaluationError, Metrics, Roc
 
-__all__ = ["EvaluationError", "Trained", "run"]
+__all__ = ["RESULTS", "EvaluationError", "Trained", "run"]
 
 log = logging.getLogger(__name__)
 
 _FIGURES = ("roc.png", "det.png", "scores.png", "folds.png")
+_FILES = ("metrics.json", "scores.parquet", "roc.csv")
+RESULTS = (*_FILES, *_FIGURES)
+"""What `run` and `measure` write."""
 
 
 @dataclass(frozen=True)
@@ -151,5 +154,5 @@ def _track(tracker: NoRun, name: str, out: Path, metrics: Metrics) -> None:
     tracker.log_metrics({f"{name}/{key}": value for key, value in values.items()})
     for figure in _FIGURES:
         tracker.log_figure(out / figure, f"{name}/{figure}")
-    for file in ("metrics.json", "scores.parquet", "roc.csv"):
+    for file in _FILES:
         tracker.log_artifact(out / file, name)

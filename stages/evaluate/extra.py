@@ -7,7 +7,6 @@ lies; they are aligned as those of the other sets are.
 
 import logging
 import pickle
-import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,7 +20,7 @@ from pipeline.executor import choose_device, keep_memory
 from pipeline.params import Evaluate, Params
 from pipeline.tracking import NoRun, training_run_of
 from stages.align.decode import UnreadableImage, decode
-from stages.evaluate import measure, scoring
+from stages.evaluate import RESULTS, measure, scoring
 from stages.evaluate.features import Block, embed
 from stages.evaluate.foreign import read_csv
 from stages.evaluate.models import Embedder, load_embedder
@@ -44,19 +43,16 @@ def run(folder: Path, model: Embedder, out: Path, params: Params, tracker: NoRun
     Args:
         folder: of NAME.bin and NAME.csv; other files are passed over.
         model: any model.
-        out: folder of the results; made anew.
+        out: folder of the results; earlier ones are removed, and nothing else.
         params: sections align, evaluate and machine.
         tracker: the MLflow run of the model's training, or a `NoRun`.
 
     Raises:
-        EvaluationError: a file is not what it should be; the message names it.
+        EvaluationError: there is no such folder, or a file is not what it should be; the message names it.
     """
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".bin", ".csv"))
-    names = [path.stem for path in files]
-    if len(set(names)) < len(names):
-        raise EvaluationError(f"{folder}: two sets of one name among {', '.join(path.name for path in files)}")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    files = find_sets(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    _clear(out)
     for path in files:
         scored, undetected = (_bin if path.suffix == ".bin" else _csv)(path, model, params)
         options = Options(params.evaluate.flip, params.evaluate.centre)
@@ -64,6 +60,30 @@ def run(folder: Path, model: Embedder, out: Path, params: Params, tracker: NoRun
         measure(scored, options, model.digest, out / path.stem, params.evaluate, tracker, name, undetected)
     if not files:
         log.info("%s: no sets there", folder)
+
+
+def find_sets(folder: Path) -> list[Path]:
+    """The sets of a folder, by name.
+
+    Raises:
+        EvaluationError: there is no such folder, or two sets of one name are in it.
+    """
+    if not folder.is_dir():
+        raise EvaluationError(f"{folder}: no such folder, though evaluate.extra in params.yaml names it")
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".bin", ".csv"))
+    names = [path.stem for path in files]
+    if len(set(names)) < len(names):
+        raise EvaluationError(f"{folder}: two sets of one name among {', '.join(path.name for path in files)}")
+    return files
+
+
+def _clear(out: Path) -> None:
+    """Remove the results of earlier sets, which may not be there any more."""
+    for folder in [file.parent for file in out.glob("*/metrics.json")]:
+        for name in RESULTS:
+            (folder / name).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def read_bin(path: Path) -> tuple[list[bytes], list[bool]]:

@@ -34,18 +34,12 @@ def evaluate_model(model: Embedder, protocols: Sequence[str], out: Path, params:
         params: sections align, evaluate, machine and shard.clean.names.
 
     Raises:
-        EvaluationError: a protocol is unknown, `out` is a folder that DVC tracks, or a set cannot be evaluated.
+        EvaluationError: what `check` refuses, `out` holds anything but results of this model, or a set cannot be
+            evaluated.
         TableError: a set is absent; the message says how it is made.
     """
-    unknown = [name for name in protocols if name not in PROTOCOLS]
-    if unknown or not protocols:
-        raise EvaluationError(f"--sets: some of {', '.join(PROTOCOLS)}, not {', '.join(unknown) or 'none'}")
-    for name in _TRACKED:
-        if out.resolve().is_relative_to(Path(name).resolve()):
-            raise EvaluationError(f"--out: {out} lies in {name}, which is the pipeline's; take a folder of your own")
-    out.mkdir(parents=True, exist_ok=True)
-    with tables.atomic(out / "model.json") as path:
-        path.write_text(json.dumps({"name": model.name, "sha256": model.digest}, indent=2) + "\n")
+    check(protocols, out, params)
+    _claim(out, model)
     trained = _trained(model, params)
 
     def embedded(name: str) -> Path:
@@ -61,6 +55,60 @@ def evaluate_model(model: Embedder, protocols: Sequence[str], out: Path, params:
             extra.run(Path(params.evaluate.extra), model, out / name, params, NoRun())
         else:
             run(Path("data/raw") / name, embedded(name), trained, out / name, params.evaluate, NoRun())
+
+
+def check(protocols: Sequence[str], out: Path | None, params: Params) -> None:
+    """What can be told without the model, which takes its time to load.
+
+    Args:
+        protocols: as of `evaluate_model`.
+        out: the same; None for a folder that is named after the model.
+        params: section evaluate.
+
+    Raises:
+        EvaluationError: a protocol is unknown, `out` is a folder that DVC tracks or where more sets lie, or these are
+            asked for and there are none.
+    """
+    unknown = [name for name in protocols if name not in PROTOCOLS]
+    if unknown or not protocols:
+        raise EvaluationError(f"--sets: some of {', '.join(PROTOCOLS)}, not {', '.join(unknown) or 'none'}")
+    for name in _TRACKED:
+        if out is not None and out.resolve().is_relative_to(Path(name).resolve()):
+            raise EvaluationError(f"--out: {out} lies in {name}, which is the pipeline's; take a folder of your own")
+    if "extra" in protocols:
+        _check_extra(Path(params.evaluate.extra), out)
+
+
+def _check_extra(folder: Path, out: Path | None) -> None:
+    if not extra.find_sets(folder):
+        raise EvaluationError(f"{folder}: no NAME.bin and no NAME.csv in it, though --sets asks for extra")
+    if out is not None:
+        own, results = folder.resolve(), (out / "extra").resolve()
+        if results.is_relative_to(own) or own.is_relative_to(results):
+            raise EvaluationError(f"--out: {out / 'extra'} overlaps evaluate.extra, {folder}; take another folder")
+
+
+def _claim(out: Path, model: Embedder) -> None:
+    """Say in `out/model.json` whose results lie there: the folder is ours from then on, and that model's."""
+    file = out / "model.json"
+    if out.exists() and any(out.iterdir()) and (found := _digest(file)) != model.digest:
+        holds = f"results of another model ({found[:12]})" if found else "files that are no results of an evaluation"
+        raise EvaluationError(
+            f"--out: {out} holds {holds}; take a new folder, or one with results of this model ({model.digest[:12]})"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    with tables.atomic(file) as path:
+        path.write_text(json.dumps({"name": model.name, "sha256": model.digest}, indent=2) + "\n")
+
+
+def _digest(file: Path) -> str | None:
+    """Of the model whose results lie beside such a file; None where it is none that `_claim` wrote."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    digest = content.get("sha256") if isinstance(content, dict) else None
+    return digest if isinstance(digest, str) else None
 
 
 def text(out: Path, protocols: Sequence[str]) -> str:

@@ -163,3 +163,22 @@ def test_what_is_called_as_a_set_of_the_project_is_recorded_apart_from_it(tmp_pa
 def test_nothing_there_is_no_error(tmp_path: Path, here: Params) -> None:
     run(tmp_path, MODEL, tmp_path / "out", here, NoRun())
     assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(
+        EvaluationError, match=r"nosuch: no such folder, though evaluate\.extra in params\.yaml names it"
+    ):
+        run(tmp_path / "nosuch", MODEL, tmp_path / "out", here, NoRun())
+
+
+def test_of_what_lies_in_the_folder_of_results_only_results_are_removed(tmp_path: Path, here: Params) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("one", "two"):
+        write_bin(tmp_path / "in" / f"{name}.bin", 40, 4)
+    (tmp_path / "out" / "photos").mkdir(parents=True)
+    (tmp_path / "out" / "photos" / "a.jpg").write_bytes(b"mine")
+    run(tmp_path / "in", MODEL, tmp_path / "out", here, NoRun())
+    (tmp_path / "out" / "two" / "notes.txt").write_text("mine")
+    for name in ("one", "two"):
+        (tmp_path / "in" / f"{name}.bin").unlink()
+    run(tmp_path / "in", MODEL, tmp_path / "out", here, NoRun())
+    left = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+    assert left == {"photos/a.jpg", "two/notes.txt"}

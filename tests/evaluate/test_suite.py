@@ -1,6 +1,7 @@
 """Any model by all protocols: the same as the stages, somewhere else."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,12 +81,43 @@ def test_an_onnx_file_gets_the_same_scores(project: Path, reports: Path, workspa
     assert json.loads((project / "own" / "lfw" / "metrics.json").read_text())["leaked_identities"] is None
 
 
+def with_extra(params: Params, folder: str) -> Params:
+    return params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"extra": folder})})
+
+
+def test_a_folder_has_the_results_of_one_model(project: Path, model: Embedder, here: Params) -> None:
+    evaluate_model(model, ["lfw", "ytf"], Path("own"), here)
+    evaluate_model(replace(model, name="moved"), ["lfw"], Path("own"), here)
+    before = {path: path.read_bytes() for path in Path("own").rglob("*.*")}
+    other = replace(model, digest="0" * 64)
+    with pytest.raises(EvaluationError, match=rf"--out: own holds results of another model \({model.digest[:12]}\)"):
+        evaluate_model(other, ["lfw"], Path("own"), here)
+    assert {path: path.read_bytes() for path in Path("own").rglob("*.*")} == before
+
+
+def test_no_photographs_are_lost(project: Path, model: Embedder, here: Params) -> None:
+    """Wherever they lie: where more sets are, where results would come, or where features would."""
+    (project / "mine" / "extra").mkdir(parents=True)
+    (project / "mine" / "extra" / "pairs.csv").write_text("left,right,same\n")
+    for own, sets, out, problem in (
+        ("mine/extra", ["extra"], "mine", "--out: mine/extra overlaps evaluate.extra, mine/extra; take another folder"),
+        ("mine/extra", ["extra"], "mine/extra/out", "--out: mine/extra/out/extra overlaps evaluate.extra, mine/extra"),
+        ("mine/extra", ["lfw"], "mine", "--out: mine holds files that are no results of an evaluation; take a new"),
+    ):
+        with pytest.raises(EvaluationError, match=problem):
+            evaluate_model(model, sets, Path(out), with_extra(here, own))
+        assert [path.name for path in project.glob("mine/**/*.*")] == ["pairs.csv"]
+
+
 def test_what_cannot_be_evaluated_is_said(project: Path, model: Embedder, here: Params) -> None:
+    here = with_extra(here, "mine")
+    Path("mine").mkdir()
     for sets, out, problem in (
         (["lfw", "cfp"], "own", "--sets: some of lfw, ytf, megaface, extra, not cfp"),
         ([], "own", "--sets: some of lfw, ytf, megaface, extra, not none"),
         (["lfw"], "reports", "--out: reports lies in reports, which is the pipeline's; take a folder of your own"),
         (["lfw"], "models/new", "--out: models/new lies in models"),
+        (["extra"], "own", "mine: no NAME.bin and no NAME.csv in it, though --sets asks for extra"),
     ):
         with pytest.raises(EvaluationError, match=problem):
             evaluate_model(model, sets, Path(out), here)
