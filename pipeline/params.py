@@ -508,8 +508,8 @@ class MegaFace(Section):
     """Of the order in which they join it."""
     fars: list[Annotated[float, Field(gt=0, lt=1)]]
     """False accept rates at which the true accept rate is reported."""
-    noise: str | None
-    """A file of image ids of both sets, a line each, that are left out: MegaFace's refined figures; null: none."""
+    noise: Annotated[str, Field(min_length=1)]
+    """A file of photographs of both sets, a line each, that are left out: MegaFace's refined figures."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

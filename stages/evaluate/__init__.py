@@ -1,8 +1,9 @@
 """Verification and identification with an embedded set: scores, metrics, figures and the report page.
 
 faces        features.py        features of each face, once; embed.py: its stage
-pairs        scoring.py         scores; verification.py and uncertainty.py: what they say, and how surely
-strangers    identification.py  MegaFace; identify.py: its stage; extra.py: more sets of pairs
+pairs        scoring.py         scores; verification.py and uncertainty.py: what they say, and how surely;
+                                extra.py: more sets of them
+strangers    identification.py  MegaFace; identify.py: its stage; noise.py: what it leaves out
 overlap      leaks.py           people who are trained on; audit.py: what the model suspects
 pages        figures.py         curves; report.py: the page
 other models models.py          of any kind; suite.py: by all protocols; foreign.py: embeddings from elsewhere

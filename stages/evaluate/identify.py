@@ -22,6 +22,7 @@ from pipeline.tracking import NoRun, training_run_of
 from stages.evaluate import Trained, features, figures, scoring
 from stages.evaluate.identification import RANKS, Identification, identify
 from stages.evaluate.leaks import check_leaks
+from stages.evaluate.noise import without_noise
 from stages.evaluate.verification import EvaluationError
 
 log = logging.getLogger(__name__)
@@ -56,16 +57,22 @@ def run(
         The content of metrics.json.
 
     Raises:
-        EvaluationError: there are too few distractors, no mates, or people of both sets and `leaks` refuses that.
+        EvaluationError: there are too few distractors, no mates, or people of both sets and `leaks` refuses that; or
+            the list of noise is of no use.
         TableError: a table is absent or incomplete.
     """
-    noise = _noise(params.megaface.noise)
-    known, strangers = _usable(probes, noise), _usable(distractors, noise)
+    known, strangers = _usable(probes), _usable(distractors)
     if not len(known) or not len(strangers):
         lacking = "probes" if not len(known) else "distractors"
         content: dict[str, Any] = {"why": f"download.{lacking} has no photographs"}
         _write(out, content, None)
         return content
+    known, strangers, noise = without_noise(known, strangers, Path(params.megaface.noise))
+    if (most := params.megaface.distractors[-1]) > len(strangers):
+        raise EvaluationError(
+            f"evaluate.megaface.distractors: {most}, but {distractors} has {len(strangers)} photographs that can be "
+            f"used and are no noise; take at most {len(strangers)}"
+        )
     leaked = None
     if trained is not None:
         leaked = check_leaks("probes", known["identity"].to_pylist(), trained.labels, trained.names, params.leaks)
@@ -81,7 +88,7 @@ def run(
     undetected = sum(pc.sum(pc.equal(each["status"], "fallback")).as_py() or 0 for each in (known, strangers))
     content = summary(found, params) | {
         "leaked_identities": leaked,
-        "refined": params.megaface.noise is not None,
+        "noise": noise,
         "undetected": undetected,
     }
     _write(out, content, found)
@@ -127,23 +134,10 @@ def summary(found: Identification, params: Evaluate) -> dict[str, Any]:
     }
 
 
-def _noise(path: str | None) -> pa.Array:
-    if path is None:
-        return pa.array([], pa.string())
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise EvaluationError(
-            f"{path}: no such file, though evaluate.megaface.noise in params.yaml names it"
-        ) from error
-    return pa.array([line.strip() for line in lines if line.strip()], pa.string())
-
-
-def _usable(embedded: Path, noise: pa.Array) -> pa.Table:
-    """The rows with features, but those of the noise list: image_id, identity, status."""
+def _usable(embedded: Path) -> pa.Table:
+    """The rows with features: image_id, identity, status."""
     table = tables.read_parts(embedded, tables.EMBEDDED, ["image_id", "identity", "status"])
-    usable = pc.is_in(table["status"], pa.array(["detected", "fallback"]))
-    return table.filter(pc.and_(usable, pc.invert(pc.is_in(table["image_id"], noise))))
+    return table.filter(pc.is_in(table["status"], pa.array(["detected", "fallback"])))
 
 
 def _vectors(embedded: Path, chosen: pa.Table, params: Evaluate) -> Iterator[NDArray[np.float32]]:

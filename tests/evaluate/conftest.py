@@ -22,7 +22,10 @@ from tests.conftest import ROOT
 from tests.samples import face_like, jpeg
 
 EVALUATE = load_params(ROOT / "params.yaml").evaluate.model_copy(
-    update={"replicates": 100, "megaface": MegaFace(distractors=[5, 30], seed=1, fars=[0.1, 0.0001], noise=None)}
+    update={
+        "replicates": 100,
+        "megaface": MegaFace(distractors=[5, 30], seed=1, fars=[0.1, 0.0001], noise=str(ROOT / "data" / "noise.txt")),
+    }
 )
 BACKBONE = Backbone(name="small", width=112, embedding=8)
 

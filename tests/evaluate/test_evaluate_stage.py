@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -140,16 +141,51 @@ def test_identification_of_the_embedded_sets(workspace: Workspace, reports: Path
     assert curve[0] == "distractors,rank,share"
     assert len(curve) == 1 + 2 * 100
     assert curve[-1] == "30,100,1.0"  # of 31 in the gallery, everyone is among the first 100
-    # again, the same bytes; and without two of the probes, as a noise list says
+    # again, the same bytes
     sets = (workspace.embedded / "probes", workspace.embedded / "distractors", workspace.trained)
-    (tmp_path / "noise.txt").write_text("10/0\n10/1\n")
-    for noise in (None, str(tmp_path / "noise.txt")):
-        section = EVALUATE.model_copy(update={"megaface": EVALUATE.megaface.model_copy(update={"noise": noise})})
-        again = identify.run(*sets, tmp_path / "again", section, torch.device("cpu"), NoRun())
-        if noise is None:
-            for path in (reports / "megaface").iterdir():
-                assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-    assert (again["probes"], again["people"], again["pairs"], again["refined"]) == (10, 3, 3 * 3 * 2, True)
+    identify.run(*sets, tmp_path / "again", EVALUATE, torch.device("cpu"), NoRun())
+    for path in (reports / "megaface").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def without(
+    noise: str | bytes, folder: Path, workspace: Workspace, distractors: tuple[int, ...] = (5, 29)
+) -> dict[str, Any]:
+    """Identification but for what a list names."""
+    path = folder / "noise.txt"
+    path.write_bytes(noise if isinstance(noise, bytes) else noise.encode())
+    megaface = EVALUATE.megaface.model_copy(update={"noise": str(path), "distractors": list(distractors)})
+    section = EVALUATE.model_copy(update={"megaface": megaface})
+    sets = (workspace.embedded / "probes", workspace.embedded / "distractors", workspace.trained)
+    return identify.run(*sets, folder / "out", section, torch.device("cpu"), NoRun())
+
+
+def test_noise_is_left_out_as_published_lists_name_it(workspace: Workspace, tmp_path: Path) -> None:
+    """By id, by path (behind a tab, too), and of probes by the file's name; lines that name nothing are counted."""
+    found = without("# a comment\n\n10/0\n11/1\n", tmp_path, workspace)
+    assert (found["probes"], found["noise"]) == (10, {"listed": 2, "found": 2})
+    found = without("375/10/0.jpg\n7\tFaceScrub/10/1.PNG\n375/20/0.jpg\n12/nosuch.jpg\n", tmp_path, workspace)
+    assert (found["probes"], found["people"], found["pairs"]) == (10, 3, 3 * 3 * 2)
+    assert found["noise"] == {"listed": 4, "found": 3}
+    found = without("2.png\n", tmp_path, workspace)  # of each of the four; strangers are all called 0
+    assert (found["probes"], found["noise"]) == (8, {"listed": 1, "found": 1})
+    found = without("0.png\n", tmp_path, workspace, (5, 30))
+    assert found["probes"] == 8
+
+
+def test_noise_that_cannot_be_left_out_is_said(workspace: Workspace, tmp_path: Path) -> None:
+    for noise, message in (
+        (
+            "Aaron_Eckhart_136.png\n",
+            r"noise\.txt: none of its 1 lines names a photograph of .*: the first has Aaron_Eckhart_136, wh",
+        ),
+        (b"\xff\xfe\n", r"noise\.txt: not text in UTF-8"),
+        ("0.jpg\n1.jpg\n2.jpg\n", r"noise\.txt: names every photograph of the probes"),
+        ("1/20/0.jpg\n", r"evaluate\.megaface\.distractors: 30, but .*distractors has 29 photographs that can be used"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            without(noise, tmp_path, workspace, (5, 30))
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_photographs_there_is_no_identification(workspace: Workspace, tmp_path: Path) -> None:
