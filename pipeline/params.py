@@ -506,7 +506,7 @@ class MegaFace(Section):
     """How many strangers there are in the gallery, in turn."""
     seed: Seed
     """Of the order in which they join it."""
-    fars: list[Annotated[float, Field(gt=0, lt=1)]]
+    fars: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
     """False accept rates at which the true accept rate is reported."""
     noise: Annotated[str, Field(min_length=1)]
     """A file of photographs of both sets, a line each, that are left out: MegaFace's refined figures."""

@@ -57,18 +57,20 @@ class Identification:
         return np.where(np.isnan(self.highest), np.nan, above.mean(axis=2))
 
     def intervals(self, replicates: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """95 % percentile intervals of rank-1 (C, 2) and TAR (C, F, 2), by a bootstrap over people.
+        """95 % percentile intervals of rank-1 (C, 2) and TAR (C, F, 2), by a bootstrap over people with mates.
 
-        All pairs of a person are drawn together, as they depend on each other; thresholds stay as they are.
+        All pairs of a person are drawn together, as they depend on each other; thresholds stay as they are. NaN where
+        there is no such rate, and where all replicates have the same one, which therefore bound nothing.
         """
-        people = int(self.person.max()) + 1
+        names, person = np.unique(self.person, return_inverse=True)
+        people = len(names)
         rng = np.random.default_rng(seed)
         drawn = rng.multinomial(people, np.full(people, 1 / people), replicates).astype(np.float64)
-        pairs = drawn @ np.bincount(self.person, minlength=people)
+        pairs = drawn @ np.bincount(person)
 
         def bounds(hits: NDArray[np.bool_]) -> NDArray[np.float64]:
-            of_person = np.bincount(self.person, hits, minlength=people)
-            return np.quantile(drawn @ of_person / pairs, (0.025, 0.975))
+            shares = drawn @ np.bincount(person, hits) / pairs
+            return np.quantile(shares, (0.025, 0.975)) if np.ptp(shares) else np.full(2, np.nan)
 
         first = np.stack([bounds(rank == 1) for rank in self.rank])
         above = self.score.astype(np.float64) > self.highest[:, :, None]

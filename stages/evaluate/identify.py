@@ -23,6 +23,7 @@ from stages.evaluate import Trained, features, figures, scoring
 from stages.evaluate.identification import RANKS, Identification, identify
 from stages.evaluate.leaks import check_leaks
 from stages.evaluate.noise import without_noise
+from stages.evaluate.uncertainty import unbounded
 from stages.evaluate.verification import EvaluationError
 
 log = logging.getLogger(__name__)
@@ -105,15 +106,14 @@ def summary(found: Identification, params: Evaluate) -> dict[str, Any]:
     by_count: dict[str, Any] = {}
     for c, (count, impostors) in enumerate(zip(found.counts, found.impostors(), strict=True)):
         tar: dict[str, float | None] = {}
-        intervals: dict[str, list[float] | None] = {"rank_1": [scoring.rounded(bound) for bound in first[c]]}
-        unresolved = {}
+        bounds = {"rank_1": first[c]} | {f"tar_at_far_{far:g}": rates[c, f] for f, far in enumerate(found.fars)}
+        intervals = {name: _known(each) for name, each in bounds.items()}
+        unresolved = {name: unbounded(params.replicates) for name, each in intervals.items() if each is None}
         for f, far in enumerate(found.fars):
-            name = f"{far:g}"
             resolved = not np.isnan(accepted[c, f])
-            tar[name] = scoring.rounded(accepted[c, f]) if resolved else None
-            intervals[f"tar_at_far_{name}"] = [scoring.rounded(bound) for bound in rates[c, f]] if resolved else None
+            tar[f"{far:g}"] = scoring.rounded(accepted[c, f]) if resolved else None
             if not resolved:
-                unresolved[f"tar_at_far_{name}"] = (
+                unresolved[f"tar_at_far_{far:g}"] = (
                     f"{impostors:,} comparisons with strangers: the least FAR above 0 that they can show is "
                     f"{1 / impostors:.2g}"
                 )
@@ -132,6 +132,11 @@ def summary(found: Identification, params: Evaluate) -> dict[str, Any]:
         "people": len(np.unique(found.person)),
         "probes": found.probes,
     }
+
+
+def _known(values: NDArray[np.float64]) -> list[float] | None:
+    """As metrics.json has them; None where they are NaN."""
+    return None if np.isnan(values).any() else [scoring.rounded(value) for value in values]
 
 
 def _usable(embedded: Path) -> pa.Table:

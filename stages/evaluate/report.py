@@ -5,7 +5,7 @@ The page follows from the run's files and params.yaml alone: no clock, no machin
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,7 @@ class Protocol:
 
     def interval(self, figure: str, digits: int = 1) -> str:
         """That of a figure, in per cent; empty where there is none."""
-        bounds = self.found["intervals"].get(figure)
-        return f"{100 * bounds[0]:.{digits}f} to {100 * bounds[1]:.{digits}f}%" if bounds else ""
+        return _interval(self.found["intervals"].get(figure), digits)
 
     @property
     def verdict(self) -> str:
@@ -100,6 +99,11 @@ class Protocol:
             f"AUC {self.metrics.auc:.4f}, EER {self.metrics.eer:.2%} "
             f"({self.metrics.pairs:,} pairs, {len(self.metrics.folds)} folds)"
         )
+
+
+def _interval(bounds: Sequence[float] | None, digits: int = 1) -> str:
+    """In per cent; empty where there are none."""
+    return f"{100 * bounds[0]:.{digits}f} to {100 * bounds[1]:.{digits}f}%" if bounds else ""
 
 
 def build(reports: Path, models: Path, aligned: Path, embedded: Path, out: Path, params: Params) -> list[str]:
@@ -130,6 +134,7 @@ def build(reports: Path, models: Path, aligned: Path, embedded: Path, out: Path,
         protocols=protocols,
         procedural=[name for name in SETS if isinstance(getattr(params.download, name), Synthetic)],
         megaface=megaface,
+        interval=_interval,
         cmc=_cmc(reports / "megaface" / "cmc.csv") if "why" not in megaface else None,
         map=to_svg(plane, "map"),
         trained=_read_json(models / "train.json"),
@@ -148,10 +153,9 @@ def build(reports: Path, models: Path, aligned: Path, embedded: Path, out: Path,
     if "why" not in megaface:
         style = "-style" if isinstance(params.download.probes, Synthetic) else ""
         count, last = list(_by_count(megaface))[-1]
-        low, high = last["intervals"]["rank_1"]
         lines.append(
-            f"MegaFace{style} identification: {last['rank_1']:.1%} rank-1 among {count:,} distractors (95% interval "
-            f"{100 * low:.1f} to {100 * high:.1f}%)"
+            f"MegaFace{style} identification: {last['rank_1']:.1%} rank-1 among {count:,} distractors "
+            f"(95% interval {_interval(last['intervals']['rank_1']) or 'unknown'})"
         )
     return lines
 

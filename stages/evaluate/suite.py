@@ -128,8 +128,9 @@ def _megaface(found: dict[str, Any]) -> str:
         return f"not measured: {found['why']}"
     lines = []
     for count, each in found["distractors"].items():
-        low, high = each["intervals"]["rank_1"]
-        lines.append(f"{int(count):>9,} distractors: rank-1 {each['rank_1']:.2%}, 95% interval {low:.2%} to {high:.2%}")
+        bounds, why = each["intervals"]["rank_1"], each["unresolved"].get("rank_1")
+        around = f"95% interval {bounds[0]:.2%} to {bounds[1]:.2%}" if bounds else f"({why})"
+        lines.append(f"{int(count):>9,} distractors: rank-1 {each['rank_1']:.2%}, {around}")
     return "\n".join(lines)
 
 

@@ -84,6 +84,11 @@ def intervals(pairs: Verification, who: People | None, *, replicates: int = REPL
     return _bounds(metrics, _figures(metrics), measure, pairs, who, replicates, seed)
 
 
+def unbounded(replicates: int) -> str:
+    """Why a figure that no replicate changes has no interval."""
+    return f"the same in all {replicates:,} replicates, which therefore bound nothing"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What B has over A, of two runs on the same pairs."""
@@ -197,7 +202,7 @@ def _bounds(
         if name in unresolved:
             continue
         if np.ptp(drawn[:, k]) == 0:
-            unresolved[name] = f"the same in all {replicates:,} replicates, which therefore bound nothing"
+            unresolved[name] = unbounded(replicates)
         else:
             bounds[name] = float(low[k]), float(high[k])
     return Intervals(_over(who), bounds, unresolved)

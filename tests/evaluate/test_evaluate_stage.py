@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from pipeline.tables import ALIGNED, EMBEDDED, LABELS, PAIRS, read_parts, read_table, write_table
 from pipeline.tracking import NoRun
-from stages.evaluate import Trained, identify, run
+from stages.evaluate import Trained, identify, run, suite
 from stages.evaluate.scoring import SCORES
 from stages.evaluate.verification import EvaluationError
 from stages.train.model import load_model
@@ -135,8 +135,9 @@ def test_identification_of_the_embedded_sets(workspace: Workspace, reports: Path
         assert of_count["impostors"] == 12 * int(count)
         assert of_count["tar_at_far"]["0.0001"] is None
         assert "comparisons with strangers" in of_count["unresolved"]["tar_at_far_0.0001"]
-        low, high = of_count["intervals"]["rank_1"]
+        low, high = of_count["intervals"]["rank_1"] or [0, 1]
         assert low <= of_count["rank_1"] <= high
+        assert set(of_count["unresolved"]) == {name for name, each in of_count["intervals"].items() if each is None}
     curve = (reports / "megaface" / "cmc.csv").read_text().splitlines()
     assert curve[0] == "distractors,rank,share"
     assert len(curve) == 1 + 2 * 100
@@ -171,6 +172,22 @@ def test_noise_is_left_out_as_published_lists_name_it(workspace: Workspace, tmp_
     assert (found["probes"], found["noise"]) == (8, {"listed": 1, "found": 1})
     found = without("0.png\n", tmp_path, workspace, (5, 30))
     assert found["probes"] == 8
+
+
+def test_one_person_says_nothing_about_others(workspace: Workspace, tmp_path: Path) -> None:
+    """And metrics.json is JSON: other people without mates make no NaN of it."""
+    others = "".join(f"1{person}/{photo}\n" for person in (0, 2, 3) for photo in (1, 2))
+    found = without(others, tmp_path, workspace)
+    assert (found["probes"], found["people"]) == (6, 1)
+    text = (tmp_path / "out" / "metrics.json").read_text()
+    assert "NaN" not in text
+    for of_count in json.loads(text)["distractors"].values():
+        assert set(of_count["intervals"].values()) == {None}
+        for figure in ("rank_1", "tar_at_far_0.1"):
+            assert of_count["unresolved"][figure] == "the same in all 100 replicates, which therefore bound nothing"
+        assert "comparisons with strangers" in of_count["unresolved"]["tar_at_far_0.0001"]
+    (tmp_path / "out").rename(tmp_path / "megaface")
+    assert "(the same in all 100 replicates" in suite.text(tmp_path, ["megaface"])
 
 
 def test_noise_that_cannot_be_left_out_is_said(workspace: Workspace, tmp_path: Path) -> None:

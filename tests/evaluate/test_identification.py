@@ -167,6 +167,27 @@ def test_intervals_are_those_of_people_not_of_pairs() -> None:
     assert all(np.array_equal(*both) for both in zip(found.intervals(200, 7), found.intervals(200, 7), strict=True))
 
 
+def test_people_without_mates_are_not_drawn() -> None:
+    """Whoever is numbered between those with mates, with whom a draw could otherwise be filled."""
+    rank = np.array([[1, 1, 50, 50]], np.int32)
+    score = np.array([0.9, 0.9, 0.1, 0.1], np.float32)
+    few, many = (
+        Identification((10,), np.array(person), score, rank, (0.1,), np.array([[0.5]]), 300).intervals(500, 1)
+        for person in ([0, 0, 1, 1], [3, 3, 99, 99])
+    )
+    assert all(np.array_equal(*both) for both in zip(few, many, strict=True))
+    assert few[0].tolist() == [[0, 1]]
+
+
+def test_what_no_draw_changes_is_not_bounded() -> None:
+    for person, rank in (([4, 4], [1, 50]), ([0, 0, 1, 1], [1, 1, 1, 1])):  # one person; all found
+        ranks, score = np.array([rank], np.int32), np.full(len(rank), 0.9, np.float32)
+        found = Identification((10,), np.array(person), score, ranks, (0.1,), np.array([[0.5]]), 9)
+        first, rates = found.intervals(100, 1)
+        assert np.isnan(first).all()
+        assert np.isnan(rates).all()
+
+
 def test_what_cannot_be_measured_is_said() -> None:
     two = np.eye(2, dtype=np.float32)
     with pytest.raises(EvaluationError, match="2 probes: no two of them show one person"):

@@ -1,6 +1,7 @@
 """The page: offline, complete, and right about the worst errors."""
 
 import base64
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -143,6 +144,18 @@ def test_page_has_the_figures(workspace: Workspace, reports: Path, tmp_path: Pat
     assert "train.head.margin" in text
     assert "machine.workers" not in text
     assert text.count("<svg") == 2 * 4 + 2 + 3
+
+
+def test_an_interval_that_is_not_known_is_left_blank(
+    workspace: Workspace, reports: Path, tmp_path: Path, params: Params
+) -> None:
+    own = shutil.copytree(reports, tmp_path / "reports")
+    metrics = json.loads((own / "megaface" / "metrics.json").read_text())
+    for of_count in metrics["distractors"].values():
+        of_count["intervals"]["rank_1"] = None
+    (own / "megaface" / "metrics.json").write_text(json.dumps(metrics))
+    lines = build(own, workspace.models, workspace.aligned, workspace.embedded, tmp_path / "index.html", params)
+    assert lines[-1].endswith(" rank-1 among 30 distractors (95% interval unknown)")
 
 
 def test_a_set_of_ones_own_is_told_from_the_project_s(
