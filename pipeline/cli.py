@@ -315,7 +315,7 @@ def compare(
     loaded = load_params()
     with tempfile.TemporaryDirectory() as folder:
         one, other = (comparison.scores_of(run, Path(folder) / side, loaded) for side, run in (("a", a), ("b", b)))
-        found = comparison.compare_runs(one, other, loaded.evaluate.fars)
+        found = comparison.compare_runs(one, other, loaded.evaluate)
     if as_json:
         print(scoring.as_json({name: comparison.summary(name, each) for name, each in found.items()}))
     else:

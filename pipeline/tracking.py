@@ -271,24 +271,28 @@ def newest_run(client: "MlflowClient", experiment: str, condition: str = "") -> 
 
 
 def download(run_id: str, name: str, folder: Path, params: Params) -> Path:
-    """Copy the artifacts `<set>/<name>` of a run into `folder`, which it returns.
+    """Copy the artifacts of a run that have this name, whatever folder they are in, into `folder`, which it returns.
 
     Raises:
         TrackingError: the store does not answer, there is no such run, or it has none.
     """
     with store_errors():
         client, _ = connect(params)
-        found = [
-            f"{each.path}/{name}"
-            for each in client.list_artifacts(run_id)
-            if each.is_dir
-            and any(file.path == f"{each.path}/{name}" for file in client.list_artifacts(run_id, each.path))
-        ]
+        found = [path for path in _artifacts(client, run_id) if Path(path).name == name]
         if not found:
             raise TrackingError(f"run {run_id} has recorded no {name}")
         for path in found:
             fetch(client, run_id, path, folder)
     return folder
+
+
+def _artifacts(client: "MlflowClient", run_id: str, folder: str | None = None) -> Iterator[str]:
+    """The paths of a run's artifacts below a folder."""
+    for each in client.list_artifacts(run_id, folder):
+        if each.is_dir:
+            yield from _artifacts(client, run_id, each.path)
+        else:
+            yield each.path
 
 
 def fetch(client: "MlflowClient", run_id: str, path: str, folder: Path) -> Path:

@@ -1,17 +1,21 @@
 """`cosface compare`: two runs on the same pairs, from their stored scores."""
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.params import Params
+from pipeline.params import Evaluate, Params
 from pipeline.tracking import download
+from stages.evaluate.extra import NAME
 from stages.evaluate.scoring import Scored, rounded
 from stages.evaluate.uncertainty import Comparison, compare
 from stages.evaluate.verification import EvaluationError
+
+log = logging.getLogger(__name__)
 
 FILE = "scores.parquet"
 
@@ -40,23 +44,39 @@ def stored_scores(path: Path) -> dict[str, Path]:
 
     Args:
         path: a folder with a scores.parquet (of the protocol that the folder is named after), a folder of such
-            folders, or the file itself.
+            folders and of `extra`, where those of more sets lie, or the file itself.
 
     Raises:
         EvaluationError: there are none.
     """
     if path.is_file():
-        return {path.resolve().parent.name: path}
+        return {_protocol(path): path}
     if (path / FILE).exists():
-        return {path.resolve().name: path / FILE}
-    found = {file.parent.name: file for file in sorted(path.glob(f"*/{FILE}"))}
+        return {_protocol(path / FILE): path / FILE}
+    found = {
+        _protocol(file): file for pattern in ("*", NAME.format("*")) for file in sorted(path.glob(f"{pattern}/{FILE}"))
+    }
     if not found:
         raise EvaluationError(f"{path}: neither {FILE} nor folders with one; `dvc repro evaluate` makes reports/<set>")
     return found
 
 
-def compare_runs(a: Mapping[str, Path], b: Mapping[str, Path], fars: Sequence[float]) -> dict[str, Comparison]:
+def _protocol(file: Path) -> str:
+    """Whose scores a file holds, by the folder that it lies in."""
+    folder = file.resolve().parent
+    name = NAME.format(folder.name)
+    return name if folder.as_posix().endswith(f"/{name}") else folder.name
+
+
+def compare_runs(a: Mapping[str, Path], b: Mapping[str, Path], params: Evaluate) -> dict[str, Comparison]:
     """The paired comparison of B with A, for each protocol that both have; of one file each, whatever their names.
+
+    Protocols that only one of them has are logged.
+
+    Args:
+        a: stored scores by protocol.
+        b: the same.
+        params: section evaluate of params.yaml, for false accept rates and the bootstrap.
 
     Raises:
         EvaluationError: they have no protocol in common, or its pairs are not the same.
@@ -65,19 +85,25 @@ def compare_runs(a: Mapping[str, Path], b: Mapping[str, Path], fars: Sequence[fl
     common = {name: (a[name], b[name]) for name in a if name in b}
     if len(a) == len(b) == 1:
         common = {next(iter(a)): (next(iter(a.values())), next(iter(b.values())))}
-    if not common:
+    elif not common:
         raise EvaluationError(f"no protocol in common: A has {', '.join(a)}, B has {', '.join(b)}")
+    else:
+        for side, only in (("A", a.keys() - b), ("B", b.keys() - a)):
+            if only:
+                log.warning("only %s has %s", side, ", ".join(sorted(only)))
     found = {}
     for name, files in common.items():
         one, other = (Scored.read(file).in_order() for file in files)
         _check_same_pairs(one, other, *files)
-        found[name] = compare(one.verification(fars), other.verification(fars), one.people)
+        runs = one.verification(params.fars), other.verification(params.fars)
+        found[name] = compare(*runs, one.people, replicates=params.replicates, seed=params.seed)
     return found
 
 
 def title(protocol: str) -> str:
     """As papers write it."""
-    return protocol.upper().replace("_", "-")
+    kind, slash, name = protocol.rpartition("/")
+    return kind + slash + name.upper().replace("_", "-")
 
 
 def summary(name: str, found: Comparison) -> dict[str, Any]:

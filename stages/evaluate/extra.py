@@ -5,6 +5,7 @@ folds. A .csv is pairs of one's own photographs (`left`, `right`, `same`, perhap
 lies; they are aligned as those of the other sets are.
 """
 
+import hashlib
 import logging
 import pickle
 from collections.abc import Iterator
@@ -136,11 +137,12 @@ def _bin(path: Path, model: Embedder, params: Params) -> tuple[Scored, None]:
 
     found = _features(faces(), model, params.evaluate)
     place = np.arange(len(images))
-    left, right = ([f"{number}" for number in place[side::2]] for side in (0, 1))
+    # by their content, too, or any two sets of so many pairs would pass for the same
+    names = [f"{number}-{hashlib.sha256(image).hexdigest()[:12]}" for number, image in enumerate(images)]
     fold = (np.arange(len(same)) * FOLDS // len(same)).astype(np.int32)
     block = Block(found[:, 0], found[:, 1], place)
     scored = _score(block, place[::2], place[1::2], fold, len(images), params.evaluate)
-    return Scored(left, right, np.array(same), fold, scored), None
+    return Scored(names[::2], names[1::2], np.array(same), fold, scored), None
 
 
 def _csv(path: Path, model: Embedder, params: Params) -> tuple[Scored, int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.params import Params
 from pipeline.tracking import NoRun
 from stages.download import synthetic
+from stages.evaluate.comparison import compare_runs, stored_scores
 from stages.evaluate.extra import read_bin, run
 from stages.evaluate.models import Embedder
 from stages.evaluate.scoring import Scored
@@ -149,6 +150,20 @@ def test_pairs_of_ones_own_photographs(tmp_path: Path, here: Params) -> None:
     (folder / "photos" / "wall.jpg").unlink()
     with pytest.raises(EvaluationError, match=r"mine\.csv: 1 photographs are not there, as .*wall\.jpg"):
         run(folder, MODEL, tmp_path / "again", here, NoRun())
+
+
+def test_two_sets_of_one_shape_are_not_the_same_pairs(tmp_path: Path, here: Params) -> None:
+    """As lfw and agedb_30 are: so many pairs, alike in truth and folds."""
+    (tmp_path / "in").mkdir()
+    write_bin(tmp_path / "in" / "agedb_30.bin", 40, 4)
+    write_bin(tmp_path / "in" / "again.bin", 40, 4)
+    images, same = read_bin(tmp_path / "in" / "again.bin")
+    (tmp_path / "in" / "lfw.bin").write_bytes(pickle.dumps((images[4:] + images[:4], same)))
+    run(tmp_path / "in", MODEL, tmp_path / "out", here, NoRun())
+    one, again, other = (stored_scores(tmp_path / "out" / name) for name in ("agedb_30", "again", "lfw"))
+    compare_runs(one, again, here.evaluate)
+    with pytest.raises(EvaluationError, match=r"the pairs are not the same: .*agedb_30/scores\.parquet has 40 that"):
+        compare_runs(one, other, here.evaluate)
 
 
 def test_what_is_called_as_a_set_of_the_project_is_recorded_apart_from_it(tmp_path: Path, here: Params) -> None:

@@ -15,6 +15,7 @@ from pipeline.params import Params
 from stages.evaluate import comparison, foreign, scoring
 from stages.evaluate.features import Block
 from stages.evaluate.scoring import Options, Scored
+from stages.evaluate.uncertainty import compare
 from stages.evaluate.verification import EvaluationError, best_threshold
 
 FARS = [0.1, 0.001]
@@ -286,13 +287,38 @@ def test_what_is_no_run(tmp_path: Path, params: Params) -> None:
         comparison.scores_of("reprots/lfw", tmp_path, params)
 
 
-def test_pairs_that_are_not_the_same(runs: tuple[Path, Path, Scored], tmp_path: Path) -> None:
+def test_all_that_both_have_is_compared_and_the_rest_is_told(
+    runs: tuple[Path, Path, Scored], tmp_path: Path, params: Params, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two, b = runs
+    for name in (one / "extra" / "lfw", two / "extra" / "lfw", one / "ytf", two / "extra" / "mine"):
+        b.write(name / "scores.parquet")
+    a, other = (comparison.stored_scores(run) for run in (one, two))
+    assert list(a) == ["lfw", "ytf", "extra/lfw"]
+    assert list(comparison.compare_runs(a, other, params.evaluate)) == ["lfw", "extra/lfw"]
+    assert [record.message for record in caplog.records] == ["only A has ytf", "only B has extra/mine"]
+    assert list(comparison.stored_scores(two / "extra")) == ["extra/lfw", "extra/mine"]
+    for path in (two / "extra" / "mine", two / "extra" / "mine" / "scores.parquet"):
+        assert list(comparison.stored_scores(path)) == ["extra/mine"]
+
+
+def test_a_comparison_is_drawn_as_params_yaml_says(runs: tuple[Path, Path, Scored], params: Params) -> None:
+    a, b = (comparison.stored_scores(run) for run in runs[:2])
+    changed = params.evaluate.model_copy(update={"replicates": 100, "seed": 7})
+    found = comparison.compare_runs(a, b, changed)["lfw"].difference
+    scored = [Scored.read(run / "lfw" / "scores.parquet").in_order() for run in runs[:2]]
+    drawn = [each.verification(changed.fars) for each in scored]
+    assert found == compare(drawn[0], drawn[1], scored[0].people, replicates=100, seed=7).difference
+    assert found != comparison.compare_runs(a, b, changed.model_copy(update={"seed": 8}))["lfw"].difference
+
+
+def test_pairs_that_are_not_the_same(runs: tuple[Path, Path, Scored], tmp_path: Path, params: Params) -> None:
     one, _, b = runs
 
     def against(**changes: Any) -> None:
         Scored(**vars(b) | changes).write(tmp_path / "three" / "lfw" / "scores.parquet")
         a, other = (comparison.stored_scores(run) for run in (one, tmp_path / "three"))
-        comparison.compare_runs(a, other, FARS)
+        comparison.compare_runs(a, other, params.evaluate)
 
     against()
     for changes, message in (
@@ -306,7 +332,7 @@ def test_pairs_that_are_not_the_same(runs: tuple[Path, Path, Scored], tmp_path: 
     with pytest.raises(EvaluationError, match=r"neither scores\.parquet nor folders with one"):
         comparison.stored_scores(tmp_path / "nowhere")
     with pytest.raises(EvaluationError, match="no protocol in common: A has lfw, B has cfp_fp, ytf"):
-        comparison.compare_runs({"lfw": one}, {"cfp_fp": one, "ytf": one}, FARS)
+        comparison.compare_runs({"lfw": one}, {"cfp_fp": one, "ytf": one}, params.evaluate)
 
 
 def test_view_1_of_lfw_is_two_lists(

@@ -263,12 +263,12 @@ def test_a_model_is_found_by_every_address(project: Path, tracked: Params, model
 
 def test_artifacts_of_one_name_are_kept_apart(project: Path, tracked: Params, tmp_path: Path) -> None:
     with training_run(tracked, lineage={}) as run:
-        for name in ("lfw", "ytf"):
+        for name in ("lfw", "ytf", "extra/lfw"):
             (tmp_path / "scores.parquet").write_text(name)
             run.log_artifact(tmp_path / "scores.parquet", name)
     folder = tracking.download(str(run.id), "scores.parquet", tmp_path / "fetched", tracked)
     files = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
-    assert files == {"lfw/scores.parquet": "lfw", "ytf/scores.parquet": "ytf"}
+    assert files == {f"{name}/scores.parquet": name for name in ("lfw", "ytf", "extra/lfw")}
 
 
 def test_an_address_that_leads_nowhere_is_named(project: Path, tracked: Params) -> None:
