@@ -97,8 +97,11 @@ def schedule(
 ) -> None:
     """Retrain on a schedule, for as long as this command runs."""
     from pipeline import flow, servers
+    from pipeline.params import load_params
 
     flow.check_schedule(cron, timezone)
+    load_params()
+    flow.stages(Path.cwd())
     with suppress(KeyboardInterrupt), ExitStack() as stack:
         if start_server:
             api = stack.enter_context(servers.prefect_server(prefect_port)).address + "/api"

@@ -4,6 +4,7 @@ A task runs `dvc repro` for its stage and nothing else. What must be recomputed 
 when, shows what happens, and tries again what the network may have spoilt.
 """
 
+import asyncio
 import os
 import sys
 from collections import deque
@@ -32,11 +33,11 @@ for _name, _value in QUIET.items():
 
 from prefect import Task, flow  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
-from prefect.client.schemas.schedules import CronSchedule  # noqa: E402
 from prefect.events.worker import EventsWorker  # noqa: E402
 from prefect.logging import get_run_logger  # noqa: E402
 from prefect.logging.handlers import APILogWorker  # noqa: E402
 from prefect.schedules import Cron  # noqa: E402
+from prefect.server.schemas.schedules import CronSchedule  # noqa: E402
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings  # noqa: E402
 from prefect.states import Completed, Failed, State  # noqa: E402
 from prefect.types.entrypoint import EntrypointType  # noqa: E402
@@ -72,7 +73,7 @@ def stages(root: Path) -> dict[str, list[str]]:
     """The stages of the project's DVC graph in an order in which they can run, each with those it depends on.
 
     Raises:
-        FlowError: there is no DVC project here, or its dvc.yaml cannot be read.
+        FlowError: there is no DVC project here, its dvc.yaml cannot be read, or it has no stages.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -84,6 +85,8 @@ def stages(root: Path) -> dict[str, list[str]]:
             below = {stage.addressing: {other.addressing for other in graph.successors(stage)} for stage in graph}
     except DvcException as error:
         raise FlowError(f"{root}: {error}") from error
+    if not names:
+        raise FlowError(f"{root}: no dvc.yaml with stages; run this in the project's folder")
     upstream = {name: [other for other in names if other in below[name]] for name in names}
     return {name: upstream[name] for name in TopologicalSorter(upstream).static_order()}
 
@@ -158,18 +161,21 @@ def running_server() -> str | None:
 
 
 def check_schedule(cron: str, timezone: str) -> None:
-    """Whether Prefect understands a schedule.
+    """Whether a schedule has five fields, Prefect understands it, and a date for it will come.
 
     Raises:
-        FlowError: it does not; the message says what it should look like.
+        FlowError: it is not so; the message says what a schedule looks like.
     """
+    problem = FlowError(
+        f"--cron {cron!r} --timezone {timezone!r}: not a schedule; five fields (minute, hour, day, month, weekday) "
+        'of dates that there are, such as "0 3 * * 0", and a zone such as UTC or Europe/Berlin'
+    )
+    if len(cron.split()) != 5:  # Prefect would take the last of six for seconds
+        raise problem
     try:
-        CronSchedule(cron=cron, timezone=timezone)
+        asyncio.run(CronSchedule(cron=cron, timezone=timezone).get_dates(1))
     except ValueError as error:
-        raise FlowError(
-            f"--cron {cron!r} --timezone {timezone!r}: not a schedule; five fields (minute, hour, day, month, weekday) "
-            'such as "0 3 * * 0", and a zone such as UTC or Europe/Berlin'
-        ) from error
+        raise problem from error
 
 
 def serve(cron: str, timezone: str, api: str) -> None:

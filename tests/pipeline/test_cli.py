@@ -78,16 +78,17 @@ def test_an_edited_params_yaml_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "params.yaml.bak").read_bytes() == edited
 
 
-def test_retrain_outside_a_project(tmp_path: Path) -> None:
-    assert_error(cosface(tmp_path, "retrain"), "params.yaml: no such file")
+@pytest.mark.parametrize("command", [("schedule", "--cron", "0 3 * * 0", "--start-server"), ("retrain",)])
+def test_retraining_outside_a_project(tmp_path: Path, command: tuple[str, ...]) -> None:
+    assert_error(cosface(tmp_path, *command), "params.yaml: no such file")
     (tmp_path / "params.yaml").write_bytes(QUICKSTART)
-    assert_error(cosface(tmp_path, "retrain"), "not inside of a DVC repository")
+    assert_error(cosface(tmp_path, *command), "not inside of a DVC repository")
 
 
 @pytest.mark.parametrize("command", [("schedule", "--cron", "0 3 * * 0"), ("retrain",)])
 def test_a_prefect_server_that_does_not_answer_is_named(tmp_path: Path, command: tuple[str, ...]) -> None:
     (tmp_path / "params.yaml").write_bytes(QUICKSTART)
-    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "dvc.yaml").write_text("stages: {download: {cmd: echo}}\n")
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
     nobody = "http://127.0.0.1:9/api"
     assert_error(cosface(tmp_path, *command, PREFECT_API_URL=nobody), f"PREFECT_API_URL={nobody}: no answer")

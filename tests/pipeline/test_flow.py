@@ -125,6 +125,9 @@ def test_the_graph_is_dvc_s_in_an_order_that_runs(project: Path) -> None:
 def test_a_folder_without_a_graph_is_named(tmp_path: Path) -> None:
     with pytest.raises(FlowError, match="not inside of a DVC repository"):
         flow.stages(tmp_path)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+    with pytest.raises(FlowError, match=r"no dvc\.yaml with stages; run this in the project's folder"):
+        flow.stages(tmp_path)
 
 
 def test_only_what_changed_runs_and_the_rest_shows_as_cached(project: Path, client: SyncPrefectClient) -> None:
@@ -203,7 +206,14 @@ def test_only_downloads_from_afar_are_tried_again() -> None:
 
 def test_schedules_are_checked() -> None:
     flow.check_schedule("0 3 * * 0", "Europe/Berlin")
-    for cron, timezone in (("0 3 * *", "UTC"), ("every sunday", "UTC"), ("0 3 * * 0", "Mars/Olympus")):
+    flow.check_schedule("0 3 29 2 *", "UTC")  # seldom, but it comes
+    for cron, timezone in (
+        ("0 3 * *", "UTC"),
+        ("0 0 3 * * 0", "UTC"),  # which some read with seconds first, and others last
+        ("0 3 31 2 *", "UTC"),
+        ("every sunday", "UTC"),
+        ("0 3 * * 0", "Mars/Olympus"),
+    ):
         with pytest.raises(FlowError, match="not a schedule"):
             flow.check_schedule(cron, timezone)
 
