@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -146,7 +147,8 @@ def recipe(name: Annotated[str | None, typer.Argument(help="Which; without it th
     if name not in recipes:
         raise CommandError(f"no recipe {name!r}; there are: {', '.join(recipes)}")
     if PARAMS.exists() and PARAMS.read_bytes() not in recipes.values():
-        backup = shutil.copy2(PARAMS, PARAMS.with_name("params.yaml.bak"))
+        names = chain(["params.yaml.bak"], (f"params.yaml.bak.{number}" for number in count(1)))
+        backup = shutil.copy2(PARAMS, next(path for path in map(PARAMS.with_name, names) if not path.exists()))
         print(f"params.yaml was edited; the old one is kept as {backup}")
     from pipeline.tables import atomic
 

@@ -71,11 +71,14 @@ def test_recipes_replace_each_other(tmp_path: Path) -> None:
 
 
 def test_an_edited_params_yaml_is_kept(tmp_path: Path) -> None:
-    edited = QUICKSTART.replace(b"margin: 0.35", b"margin: 0.2")
-    (tmp_path / "params.yaml").write_bytes(edited)
-    assert "params.yaml.bak" in cosface(tmp_path, "recipe", "quickstart").stdout
-    assert (tmp_path / "params.yaml").read_bytes() == QUICKSTART
-    assert (tmp_path / "params.yaml.bak").read_bytes() == edited
+    """However often: an earlier copy is never written over."""
+    kept = {}
+    for margin, backup in ((b"0.2", "params.yaml.bak"), (b"0.3", "params.yaml.bak.1"), (b"0.4", "params.yaml.bak.2")):
+        kept[backup] = QUICKSTART.replace(b"margin: 0.35", b"margin: " + margin)
+        (tmp_path / "params.yaml").write_bytes(kept[backup])
+        assert cosface(tmp_path, "recipe", "quickstart").stdout.splitlines()[0].endswith(f" {backup}")
+        assert (tmp_path / "params.yaml").read_bytes() == QUICKSTART
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.bak*")} == kept
 
 
 @pytest.mark.parametrize("command", [("schedule", "--cron", "0 3 * * 0", "--start-server"), ("retrain",)])
