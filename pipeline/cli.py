@@ -45,6 +45,10 @@ Model = Annotated[
 ]
 
 
+def _port(what: str) -> Any:
+    return typer.Option(help=what, min=1, max=65535)
+
+
 class CommandError(InputError):
     """A command cannot do what it was asked to; the message says why."""
 
@@ -94,7 +98,7 @@ def schedule(
     ],
     timezone: Annotated[str, typer.Option(help="In which the five fields are read, such as Europe/Berlin.")] = "UTC",
     start_server: Annotated[bool, typer.Option("--start-server", help="Start a Prefect server for it.")] = False,
-    prefect_port: Annotated[int, typer.Option(help="Of the server that --start-server starts.")] = 4200,
+    prefect_port: Annotated[int, _port("Of the server that --start-server starts.")] = 4200,
 ) -> None:
     """Retrain on a schedule, for as long as this command runs."""
     from pipeline import flow, servers
@@ -119,8 +123,8 @@ def schedule(
 
 @app.command()
 def ui(
-    mlflow_port: Annotated[int, typer.Option(help="Of the MLflow UI.")] = 5000,
-    prefect_port: Annotated[int, typer.Option(help="Of the Prefect UI.")] = 4200,
+    mlflow_port: Annotated[int, _port("Of the MLflow UI.")] = 5000,
+    prefect_port: Annotated[int, _port("Of the Prefect UI.")] = 4200,
 ) -> None:
     """Show runs (MLflow) and retrains (Prefect) in the browser, on this machine only, until Ctrl-C."""
     from pipeline import servers

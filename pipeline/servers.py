@@ -1,5 +1,6 @@
 """Child processes that never outlive us, and the MLflow and Prefect servers on loopback."""
 
+import errno
 import os
 import signal
 import socket
@@ -129,7 +130,7 @@ def mlflow_server(port: int) -> Iterator[Server]:
     """MLflow's UI over the store of this project.
 
     Raises:
-        ServerError: the port is taken, or it does not start.
+        ServerError: the port is taken or not for us, or it does not start.
     """
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--artifacts-destination", artifacts_root().as_uri()]
@@ -145,7 +146,7 @@ def prefect_server(port: int) -> Iterator[Server]:
     """Prefect's server and UI; its API is below `/api`.
 
     Raises:
-        ServerError: the port is taken, or it does not start.
+        ServerError: the port is taken or not for us, or it does not start.
     """
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     env = environment(PREFECT_API_URL=f"http://{HOST}:{port}/api")  # the UI in the browser asks there
@@ -160,8 +161,8 @@ def _server(name: str, command: list[str], env: dict[str, str], port: int, healt
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            option = f"--{name.lower()}-port"
-            raise ServerError(f"{name}: port {port} of {HOST} is in use; end what uses it, or give {option}") from error
+            problem = "is in use; end what uses it, or" if error.errno == errno.EADDRINUSE else f"({error.strerror}):"
+            raise ServerError(f"{name}: port {port} of {HOST} {problem} give --{name.lower()}-port") from error
     with tempfile.TemporaryFile("w+", errors="replace") as log, process_group(command, env, log) as process:
         server = Server(name, f"http://{HOST}:{port}", process, log)
         deadline = time.monotonic() + START_SECONDS

@@ -36,6 +36,18 @@ FOLDS = 10
 """Of a .bin: equal parts, in order."""
 NAME = "extra/{}"
 """What a set is called beside those of the project, whatever its file is called: extra/lfw is not lfw."""
+_DAMAGE = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    MemoryError,  # a length that is none
+    OverflowError,
+    TypeError,
+    ValueError,
+)
+"""What unpickling a file ends in that is no pickle, or no longer one."""
 
 
 def run(folder: Path, model: Embedder, out: Path, params: Params, tracker: NoRun) -> None:
@@ -98,7 +110,7 @@ def read_bin(path: Path) -> tuple[list[bytes], list[bool]]:
     try:
         with path.open("rb") as file:
             content = _Plain(file, encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGE as error:
         raise EvaluationError(f"{path}: not a .bin of images and pairs: {error}") from error
     if not (isinstance(content, tuple | list) and len(content) == 2 and all(isinstance(c, list) for c in content)):
         raise EvaluationError(f"{path}: holds no list of images beside a list of pairs")

@@ -2,6 +2,7 @@
 
 import csv
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ Protocol = Literal["lfw", "ytf", "csv"]
 _NAMED = 10
 """Keys that a message names."""
 _FOLDS = 10
+_FOLD_DIGITS = 9
+"""Of a fold's number, so that tables can hold it."""
 
 
 class Embeddings:
@@ -151,7 +154,7 @@ def read_csv(path: Path) -> list[Pair]:
         EvaluationError: a column is absent or a value is not of its form; names file and line.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it by a byte order mark
             reader = csv.DictReader(file)
             rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
@@ -164,8 +167,10 @@ def read_csv(path: Path) -> list[Pair]:
         if not row["left"] or not row["right"] or row["same"] not in ("0", "1"):
             raise EvaluationError(f"{path}:{line}: expected two keys and same 0 or 1, found {row}")
         fold = row.get("fold", "0")
-        if fold is None or not fold.isdecimal():
-            raise EvaluationError(f"{path}:{line}: expected a fold from 0, found {fold!r}")
+        if fold is None or not fold.isdecimal() or len(fold) > _FOLD_DIGITS:
+            raise EvaluationError(
+                f"{path}:{line}: expected a fold from 0, of {_FOLD_DIGITS} digits at most, found {fold!r}"
+            )
         found.append(Pair(line, int(fold), row["left"], row["right"], row["same"] == "1"))
     if not found:
         raise EvaluationError(f"{path}: holds no pairs")
@@ -182,9 +187,13 @@ def _arrays(path: Path) -> dict[str, NDArray]:
         raise EvaluationError(f"{path}: not an .npz, as np.savez(path, keys=..., emb=...) makes it")
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in ("keys", "emb", "flip") if name in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            arrays = {name: file[name] for name in ("keys", "emb", "flip") if name in file.files}
+    except (ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise EvaluationError(f"{path}: not an .npz of plain arrays (keys, emb, flip): {error}") from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # NumPy hands out the bytes of what is no .npy
+            raise EvaluationError(f"{path}: {name} is no array, as np.savez(path, keys=..., emb=...) makes them")
+    return arrays
 
 
 def _some(names: Sequence[str]) -> str:

@@ -106,6 +106,8 @@ class _Harm:
         (pickle.dumps(_Harm()), "asks for builtins.print, which such a file has no need of"),
         (b"no pickle", "not a .bin of images and pairs"),
         (b"", "not a .bin of images and pairs"),
+        (b"\x80\x04\x95" + b"\xff" * 8, "not a .bin of images and pairs: FRAME length exceeds"),
+        (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f", "not a .bin of images and pairs"),
         (pickle.dumps([1, 2, 3]), "holds no list of images beside a list of pairs"),
         (pickle.dumps(([b"a"], [True])), "1 images for 1 pairs, which need two each"),
         (pickle.dumps((["a", "b"], [True])), "expected encoded images and truth values"),

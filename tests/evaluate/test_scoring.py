@@ -2,6 +2,7 @@
 
 import json
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,20 @@ def test_unusable_files(tmp_path: Path, lfw: Any) -> None:
     np.save(tmp_path / "one.npy", np.ones(3))
     np.savez(tmp_path / "lacking.npz", emb=np.ones((3, 3)))
     (tmp_path / "text.npz").write_text("no")
-    for name, message in (("one.npy", "not an .npz"), ("lacking.npz", "lacks keys"), ("text.npz", "not an .npz")):
+    np.savez_compressed(tmp_path / "damaged.npz", keys=np.array(["a"]), emb=np.ones((1, 3)))
+    content = bytearray((tmp_path / "damaged.npz").read_bytes())
+    content[30 + content[26] + content[28]] = 0xFF  # behind the first header: a block of no kind that deflate has
+    (tmp_path / "damaged.npz").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "zip.npz", "w") as file:
+        file.writestr("keys", "a")
+        file.writestr("emb", "1 2 3")
+    for name, message in (
+        ("one.npy", "not an .npz"),
+        ("lacking.npz", "lacks keys"),
+        ("text.npz", "not an .npz"),
+        ("damaged.npz", "not an .npz of plain arrays .*: Error -3 while decompressing data"),
+        ("zip.npz", r"zip\.npz: keys is no array"),
+    ):
         with pytest.raises(EvaluationError, match=message):
             foreign.Embeddings(tmp_path / name)
     with pytest.raises(FileNotFoundError):
@@ -191,11 +205,14 @@ def test_pairs_of_ones_own(tmp_path: Path) -> None:
         (4, "a", "b", True),
         (7, "c", "d", False),
     ]
+    path.write_text("left,right,same\na,b,1\n", encoding="utf-8-sig")
+    assert [pair.left for pair in foreign.read_csv(path)] == ["a"]
     for text, message in (
         ("left,right\na,b\n", "lacks the columns same"),
         ("left,right,same\na,b,yes\n", r"csv:2: expected two keys and same 0 or 1"),
         ("left,right,same\na,,1\n", r"csv:2: expected two keys"),
-        ("left,right,same,fold\na,b,1,x\n", r"csv:2: expected a fold from 0, found 'x'"),
+        ("left,right,same,fold\na,b,1,x\n", r"csv:2: expected a fold from 0, .*found 'x'"),
+        ("left,right,same,fold\na,b,1,2147483648\n", r"csv:2: expected a fold from 0, of 9 digits at most, found '21"),
         ("left,right,same\n", "holds no pairs"),
     ):
         path.write_text(text)

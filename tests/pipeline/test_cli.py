@@ -115,6 +115,26 @@ def test_a_bad_schedule_is_refused(tmp_path: Path) -> None:
     assert_error(cosface(tmp_path, "schedule", "--cron", "0 3 * *"), "'0 3 * *'", "five fields")
 
 
+@pytest.mark.parametrize("command", [("ui", "--mlflow-port"), ("ui", "--prefect-port"), ("schedule", "--prefect-port")])
+def test_a_port_that_is_none_is_refused(tmp_path: Path, command: tuple[str, str]) -> None:
+    found = cosface(tmp_path, *command, "99999")
+    assert found.returncode == 2
+    assert command[1] in found.stderr
+    assert "65535" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_port_that_is_not_ours_is_told_from_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import servers
+
+    monkeypatch.setattr(servers, "HOST", "192.0.2.1")  # kept for documentation: no machine has it
+    with (
+        pytest.raises(servers.ServerError, match=r"port 5000 of 192\.0\.2\.1 \(Cannot assign .*\): give --mlflow-port"),
+        servers.mlflow_server(5000),
+    ):
+        pass
+
+
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
