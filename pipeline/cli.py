@@ -273,10 +273,11 @@ def embed(
     from pipeline.params import load_params
     from pipeline.progress import configure_logging
     from stages.evaluate.models import load_embedder
-    from stages.evaluate.photographs import embed_folder
+    from stages.evaluate.photographs import check_form, embed_folder
 
     configure_logging()
     params = load_params()
+    check_form(out)  # before the model, which takes its time to load
     with registry.located(model, params) as place:
         embedder = load_embedder(place.path, choose_device(params.machine.device), place.name)
         found = embed_folder(folder, out, embedder, params, aligned=aligned, fallback=fallback)

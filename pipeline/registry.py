@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.params import Params, shown
+from pipeline.params import Params
 from pipeline.tracking import (
     TrackingError,
     connect,
     fetch,
+    need_store,
     newest_run,
     store_client,
     store_errors,
     store_exists,
-    store_uri,
 )
 
 if TYPE_CHECKING:
@@ -71,9 +71,8 @@ def located(address: str | None, params: Params) -> Iterator[Located]:
         yield Located(Path(address), address, None)
         return
     with tempfile.TemporaryDirectory(prefix="cosface-model-") as folder:
+        need_store(address)
         with store_errors():
-            if not store_exists():
-                raise TrackingError(f"{address}: there is no MLflow store {shown(store_uri())} (MLFLOW_TRACKING_URI)")
             place = _fetched(address, Path(folder))
         yield place
 
@@ -142,6 +141,7 @@ def promote(run_id: str, params: Params) -> tuple[str, str]:
     Raises:
         TrackingError: the store does not answer, or there is no such run, or it has no model.
     """
+    need_store(f"run {run_id}")
     with store_errors():
         client, experiment = connect(params)
         run = newest_run(client, experiment, "status = 'FINISHED'") if run_id == "latest" else client.get_run(run_id)

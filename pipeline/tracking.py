@@ -260,6 +260,16 @@ def store_exists() -> bool:
     return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
 
 
+def need_store(what: str) -> None:
+    """Before something is looked for in the store, which asking would make where it is a file that is absent.
+
+    Raises:
+        TrackingError: there is none.
+    """
+    if not store_exists():
+        raise TrackingError(f"{what}: there is no MLflow store {shown(store_uri())} (MLFLOW_TRACKING_URI)")
+
+
 def _served() -> bool:
     return store_uri().startswith(("http://", "https://"))
 
@@ -276,6 +286,7 @@ def download(run_id: str, name: str, folder: Path, params: Params) -> Path:
     Raises:
         TrackingError: the store does not answer, there is no such run, or it has none.
     """
+    need_store(f"run {run_id}")
     with store_errors():
         client, _ = connect(params)
         found = [path for path in _artifacts(client, run_id) if Path(path).name == name]

@@ -67,12 +67,20 @@ def run(folder: Path, model: Embedder, out: Path, params: Params, tracker: NoRun
     out.mkdir(parents=True, exist_ok=True)
     _clear(out)
     for path in files:
-        scored, undetected = (_bin if path.suffix == ".bin" else _csv)(path, model, params)
-        options = Options(params.evaluate.flip, params.evaluate.centre)
-        name = NAME.format(path.stem)
-        measure(scored, options, model.digest, out / path.stem, params.evaluate, tracker, name, undetected)
+        try:
+            _evaluate(path, model, out / path.stem, params, tracker)
+        except EvaluationError as error:
+            if str(error).startswith(str(path)):
+                raise
+            raise EvaluationError(f"{path}: {error}") from error
     if not files:
         log.info("%s: no sets there", folder)
+
+
+def _evaluate(path: Path, model: Embedder, out: Path, params: Params, tracker: NoRun) -> None:
+    scored, undetected = (_bin if path.suffix == ".bin" else _csv)(path, model, params)
+    options, name = Options(params.evaluate.flip, params.evaluate.centre), NAME.format(path.stem)
+    measure(scored, options, model.digest, out, params.evaluate, tracker, name, undetected)
 
 
 def find_sets(folder: Path) -> list[Path]:

@@ -97,8 +97,7 @@ def embed_folder(
         PhotographsError: there is no such folder, not one face in it, two photographs of one name, or another ending
             of `out`.
     """
-    if out.suffix not in FORMS:
-        raise PhotographsError(f"{out}: must end in {' or '.join(FORMS)}")
+    check_form(out)
     photographs = find_photographs(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
@@ -125,6 +124,16 @@ def embed_folder(
                 raise PhotographsError(f"{folder}: not one face in {len(photographs):,} photographs")
             writer.close()
     return Embedded(counts, embedded)
+
+
+def check_form(out: Path) -> None:
+    """Whether a file's name tells a form that `embed_folder` writes.
+
+    Raises:
+        PhotographsError: it does not.
+    """
+    if out.suffix not in FORMS:
+        raise PhotographsError(f"{out}: must end in {' or '.join(FORMS)}")
 
 
 def find_photographs(folder: Path) -> list[Photograph]:

@@ -154,6 +154,14 @@ def test_pairs_of_ones_own_photographs(tmp_path: Path, here: Params) -> None:
         run(folder, MODEL, tmp_path / "again", here, NoRun())
 
 
+def test_a_set_that_cannot_be_measured_is_named(tmp_path: Path, here: Params) -> None:
+    write_bin(tmp_path / "a.bin", 40, 4)
+    images, _ = read_bin(tmp_path / "a.bin")
+    (tmp_path / "a.bin").write_bytes(pickle.dumps((images, [True] * 40)))
+    with pytest.raises(EvaluationError, match=r"^.*/a\.bin: 40 pairs, 40 of the same person"):
+        run(tmp_path, MODEL, tmp_path / "out", here, NoRun())
+
+
 def test_two_sets_of_one_shape_are_not_the_same_pairs(tmp_path: Path, here: Params) -> None:
     """As lfw and agedb_30 are: so many pairs, alike in truth and folds."""
     (tmp_path / "in").mkdir()

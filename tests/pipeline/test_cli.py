@@ -81,6 +81,29 @@ def test_an_edited_params_yaml_is_kept(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.bak*")} == kept
 
 
+@pytest.mark.parametrize("command", [("promote",), ("promote", "0" * 32), ("compare", "0" * 32, "1" * 32)])
+def test_looking_for_a_run_makes_no_store(tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "params.yaml").write_bytes(QUICKSTART)
+    assert_error(cosface(tmp_path, *command, MLFLOW_TRACKING_URI=""), "there is no MLflow store sqlite:///")
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        (("embed", ".", "--out", "faces.csv"), "faces.csv: must end in .parquet or .npz"),
+        (("evaluate", "--sets", "lfw,cfp"), "--sets: some of lfw, ytf, megaface, extra, not cfp"),
+        (("evaluate", "--sets", "lfw", "--out", "data/mine"), "--out: data/mine lies in data"),
+        (("evaluate", "--sets", "extra"), "data/extra: no such folder"),
+    ],
+)
+def test_what_can_be_told_without_the_model_is_told_first(
+    tmp_path: Path, command: tuple[str, ...], problem: str
+) -> None:
+    (tmp_path / "params.yaml").write_bytes(QUICKSTART)
+    assert_error(cosface(tmp_path, *command, "--model", "nosuch"), problem)
+
+
 @pytest.mark.parametrize("command", [("schedule", "--cron", "0 3 * * 0", "--start-server"), ("retrain",)])
 def test_retraining_outside_a_project(tmp_path: Path, command: tuple[str, ...]) -> None:
     assert_error(cosface(tmp_path, *command), "params.yaml: no such file")
