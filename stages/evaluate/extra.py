@@ -10,7 +10,7 @@ import logging
 import pickle
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,11 @@ from pipeline.executor import choose_device, keep_memory
 from pipeline.params import Evaluate, Params
 from pipeline.tracking import NoRun, training_run_of
 from stages.align.decode import UnreadableImage, decode
-from stages.evaluate import RESULTS, measure, scoring
+from stages.download.protocols import Pair
+from stages.evaluate import RESULTS, Trained, measure, scoring, uncertainty
 from stages.evaluate.features import Block, embed
 from stages.evaluate.foreign import read_csv
+from stages.evaluate.leaks import check_leaks
 from stages.evaluate.models import Embedder, load_embedder
 from stages.evaluate.photographs import align_files
 from stages.evaluate.scoring import Options, Scored
@@ -50,25 +52,28 @@ _DAMAGE = (
 """What unpickling a file ends in that is no pickle, or no longer one."""
 
 
-def run(folder: Path, model: Embedder, out: Path, params: Params, tracker: NoRun) -> None:
+def run(folder: Path, model: Embedder, trained: Trained | None, out: Path, params: Params, tracker: NoRun) -> None:
     """Evaluate a model on every set of a folder, each as `stages.evaluate.run` does.
 
     Args:
         folder: of NAME.bin and NAME.csv; other files are passed over.
         model: any model.
+        trained: for the check that no person is in both sets, where folders of photographs are named after people (a
+            .bin has no names); None where it cannot be known.
         out: folder of the results; earlier ones are removed, and nothing else.
         params: sections align, evaluate and machine.
         tracker: the MLflow run of the model's training, or a `NoRun`.
 
     Raises:
-        EvaluationError: there is no such folder, or a file is not what it should be; the message names it.
+        EvaluationError: there is no such folder, a file is not what it should be, or people are in both sets and
+            `evaluate.leaks` refuses that; the message names the file.
     """
     files = find_sets(folder)
     out.mkdir(parents=True, exist_ok=True)
     _clear(out)
     for path in files:
         try:
-            _evaluate(path, model, out / path.stem, params, tracker)
+            _evaluate(path, model, trained, out / path.stem, params, tracker)
         except EvaluationError as error:
             if str(error).startswith(str(path)):
                 raise
@@ -77,10 +82,26 @@ def run(folder: Path, model: Embedder, out: Path, params: Params, tracker: NoRun
         log.info("%s: no sets there", folder)
 
 
-def _evaluate(path: Path, model: Embedder, out: Path, params: Params, tracker: NoRun) -> None:
-    scored, undetected = (_bin if path.suffix == ".bin" else _csv)(path, model, params)
+def _evaluate(path: Path, model: Embedder, trained: Trained | None, out: Path, params: Params, tracker: NoRun) -> None:
+    undetected, leaked = None, None
+    if path.suffix == ".bin":
+        scored = _bin(path, model, params)
+    else:
+        pairs = read_csv(path)
+        leaked = _leaked(path, pairs, trained, params)
+        scored, undetected = _csv(path, pairs, model, params)
     options, name = Options(params.evaluate.flip, params.evaluate.centre), NAME.format(path.stem)
-    measure(scored, options, model.digest, out, params.evaluate, tracker, name, undetected)
+    measure(scored, options, model.digest, out, params.evaluate, tracker, name, undetected, leaked)
+
+
+def _leaked(path: Path, pairs: list[Pair], trained: Trained | None, params: Params) -> int | None:
+    """How many of the people are trained on; None where that or the people are not known."""
+    left, right, same = zip(*((pair.left, pair.right, pair.same) for pair in pairs), strict=True)
+    people = uncertainty.people(left, right, np.array(same))
+    if trained is None or people is None:
+        return None
+    names = [PurePath(name).name for name in people.names]
+    return check_leaks(str(path), names, trained.labels, trained.names, params.evaluate.leaks)
 
 
 def find_sets(folder: Path) -> list[Path]:
@@ -145,7 +166,7 @@ def _latin(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _bin(path: Path, model: Embedder, params: Params) -> tuple[Scored, None]:
+def _bin(path: Path, model: Embedder, params: Params) -> Scored:
     images, same = read_bin(path)
 
     def faces() -> Iterator[NDArray[np.uint8]]:
@@ -162,11 +183,10 @@ def _bin(path: Path, model: Embedder, params: Params) -> tuple[Scored, None]:
     fold = (np.arange(len(same)) * FOLDS // len(same)).astype(np.int32)
     block = Block(found[:, 0], found[:, 1], place)
     scored = _score(block, place[::2], place[1::2], fold, len(images), params.evaluate)
-    return Scored(names[::2], names[1::2], np.array(same), fold, scored), None
+    return Scored(names[::2], names[1::2], np.array(same), fold, scored)
 
 
-def _csv(path: Path, model: Embedder, params: Params) -> tuple[Scored, int]:
-    pairs = read_csv(path)
+def _csv(path: Path, pairs: list[Pair], model: Embedder, params: Params) -> tuple[Scored, int]:
     left, right = [pair.left for pair in pairs], [pair.right for pair in pairs]
     number = {name: i for i, name in enumerate(dict.fromkeys([*left, *right]))}
     absent = [name for name in number if not (path.parent / name).is_file()]
@@ -217,8 +237,9 @@ def main(params: Params) -> None:
     keep_memory()
     models = Path("models")
     model = load_embedder(models, choose_device(params.machine.device))
+    trained = Trained(Path("data/shards/labels.parquet"), Path(params.shard.clean.names))
     with training_run_of(models, params) as tracker:
-        run(Path(params.evaluate.extra), model, Path("reports/extra"), params, tracker)
+        run(Path(params.evaluate.extra), model, trained, Path("reports/extra"), params, tracker)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def evaluate_model(model: Embedder, protocols: Sequence[str], out: Path, params:
             probes, distractors = map(embedded, MEGAFACE)
             identify.run(probes, distractors, trained, out / name, params.evaluate, device, NoRun())
         elif name == "extra":
-            extra.run(Path(params.evaluate.extra), model, out / name, params, NoRun())
+            extra.run(Path(params.evaluate.extra), model, trained, out / name, params, NoRun())
         else:
             run(Path("data/raw") / name, embedded(name), trained, out / name, params.evaluate, NoRun())
 

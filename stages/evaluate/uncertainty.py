@@ -38,7 +38,12 @@ class People:
 
     left: NDArray[np.intp]
     right: NDArray[np.intp]
-    count: int
+    names: list[str]
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def people(left: Sequence[str], right: Sequence[str], same: Flags) -> People | N
         return None
     names, code = np.unique(whom, return_inverse=True)
     one, other = code[: len(same)], code[len(same) :]
-    return People(one, other, len(names)) if np.array_equal(one == other, same) else None
+    return People(one, other, names.tolist()) if np.array_equal(one == other, same) else None
 
 
 def intervals(pairs: Verification, who: People | None, *, replicates: int = REPLICATES, seed: int = SEED) -> Intervals:
