@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.executor import choose_device, keep_memory
-from pipeline.params import CosFace, Params
+from pipeline.params import CosFace, Params, shown
 from pipeline.tables import atomic, fingerprint
 from pipeline.tracking import NoRun, model_digest, training_run
 from stages.shard.reader import Shards
@@ -126,7 +126,11 @@ def _write(models: Path, training: Training, params: Params, data: dict[str, str
         "backbone": params.train.backbone.model_dump(),
         "head": params.train.head.model_dump() | {"classes": classes},
         "input": input_contract(params.train.backbone.width),
-        "params": {name: getattr(params, name).model_dump(mode="json") for name in ("align", "shard", "train")},
+        "params": {
+            "align": params.align.model_dump(mode="json"),
+            "shard": params.shard.model_dump(mode="json"),
+            "train": params.train.model_dump(mode="json") | {"data": shown(params.train.data)},
+        },
         "data": data,
     }
     save_model(models, training.outcome, training.head, description)

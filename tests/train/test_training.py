@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -94,6 +95,15 @@ def test_what_is_left_behind(tmp_path: Path, shards: Path, tiny: Params) -> None
     description = json.loads((tmp_path / "models" / "model.json").read_text())
     assert description["head"] == {"name": "cosface", "scale": 64.0, "margin": 0.35, "classes": 6}
     assert set(description["data"]) == {path.name for path in shards.glob("*.parquet")}
+
+
+def test_a_password_in_the_shards_address_does_not_enter_the_model(tmp_path: Path, shards: Path, tiny: Params) -> None:
+    address = "memory://me:secret@host/shards"
+    fsspec.filesystem("memory").put(str(shards), address, recursive=True)
+    train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, data=address))
+    description = json.loads((tmp_path / "models" / "model.json").read_text())
+    assert description["params"]["train"]["data"] == "memory://host/shards"
+    assert not [name for name, content in files(tmp_path / "models").items() if b"secret" in content]
 
 
 def test_it_learns(tmp_path: Path, shards: Path, tiny: Params) -> None:
