@@ -134,9 +134,8 @@ def mlflow_server(port: int) -> Iterator[Server]:
     """
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--artifacts-destination", artifacts_root().as_uri()]
-    env = environment(
-        MLFLOW_BACKEND_STORE_URI=store_uri()
-    )  # a command line, and a password in it, is everyone's to see
+    # not by the command line, which everyone on this machine can see, and a password in it
+    env = environment(MLFLOW_BACKEND_STORE_URI=store_uri())
     with _server("MLflow", command, env, port, "/health") as server:
         yield server
 

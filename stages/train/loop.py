@@ -180,7 +180,7 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
     model = build_model(params.backbone).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.recompute = params.recompute
     if params.dropout is not None:
-        _set_dropout(model, params)
+        _set_dropout(model, params.backbone.name, params.dropout)
     head = build_head(params.head, classes, params.backbone.embedding, ranks)
     if ranks.size > 1:
         made_alike(model, ranks)
@@ -206,16 +206,12 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
     return Training(model.train(), head.train(), optimizer, scaler, sums, broken, mean, ranks)
 
 
-def _set_dropout(model: FaceModel, params: Train) -> None:
+def _set_dropout(model: FaceModel, name: str, share: float) -> None:
     layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     if not layers:
-        raise InputError(
-            f"train.dropout: {params.dropout:g}, but {params.backbone.name} has no dropout; IR networks have: set it "
-            "to null"
-        )
-    assert params.dropout is not None
+        raise InputError(f"train.dropout: {share:g}, but {name} has no dropout; IR networks have: set it to null")
     for layer in layers:
-        layer.p = params.dropout
+        layer.p = share
 
 
 def _seed(*of: int) -> int:

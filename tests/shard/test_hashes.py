@@ -10,7 +10,7 @@ from skimage import data
 from stages.shard.hashes import near_pairs, perceptual_hash
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 1000),
     count=st.integers(0, 40),

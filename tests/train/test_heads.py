@@ -85,7 +85,7 @@ def closed_form(x: np.ndarray, w: np.ndarray, y: np.ndarray, s: float, m: float)
     return float(np.mean(losses))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 9),
     classes=st.integers(2, 12),
@@ -105,7 +105,7 @@ def test_cosface_is_equation_4(n: int, classes: int, dim: int, s: float, m: floa
 
 
 @pytest.mark.parametrize("name", MAKE)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     n=st.integers(1, 9),
     classes=st.integers(2, 12),

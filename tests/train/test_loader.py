@@ -79,7 +79,7 @@ def test_batches_hold_the_decoded_pixels_in_rgb(shards: Shards, params: Params) 
         assert known[image.permute(1, 2, 0).contiguous().numpy().tobytes()] == label
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_exactly_once_over_ranks_workers_and_interruptions(data: st.DataObject) -> None:
     """Whatever the shards, ranks, caches and interruptions: ranks together see every row exactly once an epoch."""
