@@ -564,6 +564,9 @@ class Machine(Section):
     processes: Count | None
     """That train together on this machine; null for one on each GPU, or one on the CPU. Each computes batch
     normalisation over its own share of a batch; all else is the same for any number, to rounding."""
+    loaders: Annotated[int, Field(ge=0)] | None
+    """Processes that make batches for each that trains; 0 for threads within it; null for threads, but processes where
+    a GPU would wait for augmentation image by image."""
     cache: Literal["none", "host", "device"]
     """Whether training decodes each image every time, or once: into memory, shared by all processes, or into the
     GPU's. 37 kB an image, 18.4 GB for CASIA-WebFace."""
@@ -603,6 +606,8 @@ class Params(Section):
             raise ValueError(
                 "machine.cache: device allows a flip and a shift alone; the rest of train.augment needs host or none"
             )
+        if self.machine.cache == "device" and self.machine.loaders:
+            raise ValueError("machine.loaders: with machine.cache: device the GPU makes batches itself; set it to null")
         return self
 
 

@@ -21,6 +21,7 @@ HERE = Machine(
     memory=0.5,
     device="cpu",
     processes=None,
+    loaders=None,
     cache="none",
     checkpoint_minutes=60,
     checkpoints_kept=2,

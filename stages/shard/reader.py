@@ -134,7 +134,7 @@ class Split:
     """The examples of a split, numbered in the order of the files, read by row groups. Threads may share it."""
 
     def __init__(self, place: Place, files: Sequence[File], row_group_rows: int) -> None:
-        self._place = place
+        self._place, self._files, self._row_group_rows = place, files, row_group_rows
         self.hashes = {file.name: file.sha256 for file in files}
         """SHA-256 of each file, as the index has them."""
         self._groups: list[tuple[str, int]] = []
@@ -148,6 +148,10 @@ class Split:
         self._open = lru_cache(maxsize=64)(place.open)
         self._reading = Lock()
         """pyarrow's files serve one thread at a time."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, which opens the files for itself."""
+        return Split, (self._place, self._files, self._row_group_rows)
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -18,7 +18,7 @@ from pipeline.tracking import NoRun, model_digest, training_run
 from stages.shard.reader import Shards
 from stages.train.checkpoint import Checkpoints
 from stages.train.heads import margin_upper_bound, scale_lower_bound
-from stages.train.loader import Loader
+from stages.train.loader import Loader, loader_processes
 from stages.train.loop import Row, Training, begin, history_csv, train
 from stages.train.meter import Speed
 from stages.train.model import input_contract, save_model
@@ -78,7 +78,16 @@ def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, dev
         done = found.iteration
         training.restore(found)
     split, face = shards.split("train"), shards.index.face
-    loader = Loader(split, face, params.train, device, cache=params.machine.cache, rank=ranks.rank, world=ranks.size)
+    loader = Loader(
+        split,
+        face,
+        params.train,
+        device,
+        cache=params.machine.cache,
+        rank=ranks.rank,
+        world=ranks.size,
+        processes=loader_processes(params.machine, params.train, device, ranks.size),
+    )
     loader.load_state_dict({"iteration": done})
     validation = (ByImage if shards.val_pairs() is None else ByIdentity)(shards, params.train)
     log.info(

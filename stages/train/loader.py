@@ -1,23 +1,31 @@
 """From shards to batches on the device, decoded and augmented ahead of the network."""
 
+import itertools
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.errors import InputError
-from pipeline.executor import cores
-from pipeline.params import BalancedSampling, Face, Train
+from pipeline.executor import cores, keep_memory
+from pipeline.params import BalancedSampling, Face, Machine, Train
 from pipeline.tables import TableError
 from stages.shard.reader import Rows, Split
 from stages.train.augment import Draws, ImageAugmenter, crop, crop_and_flip, draw, flip_first
@@ -25,8 +33,14 @@ from stages.train.cache import device_cache, host_cache
 from stages.train.faces import HEIGHT, FaceError, decode_into, unaligned
 from stages.train.sampling import POOL_GROUPS, Balanced, Sampling, Uniform
 
-MAX_THREADS = 16
+log = logging.getLogger(__name__)
+
+MAX_THREADS = MAX_PROCESSES = 16
 CACHE_FOLDER = Path(".decoded")
+SHARED_MEMORY = Path("/dev/shm")
+"""Where processes hand batches over, on Linux; in a container it may be small."""
+_PREFETCH = 2
+"""Batches that a process makes ahead."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,10 @@ class Batch:
 
     images: Tensor
     labels: Tensor
+
+    def pin_memory(self) -> "Batch":
+        """The batch in memory that a GPU reads by itself."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory())
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device, without waiting for the copy where it is a GPU."""
@@ -48,8 +66,8 @@ class Loader(IterableDataset[Batch]):
     an epoch, one epoch follows the other without a gap, and what an iteration gets does not depend on the number of
     threads or worker processes, or on the cache. Of each batch a rank takes its own equal share.
 
-    Iterated by itself, threads decode ahead and batches arrive on the device. Behind a `DataLoader(loader,
-    batch_size=None, num_workers=W)` each worker process makes every W-th batch, and they stay on the host.
+    Threads make batches ahead, or W processes of which each makes every W-th; batches arrive on the device.
+    Behind a `DataLoader(loader, batch_size=None, num_workers=W)` they stay on the host.
     """
 
     def __init__(
@@ -62,6 +80,7 @@ class Loader(IterableDataset[Batch]):
         cache: Literal["none", "host", "device"] = "none",
         rank: int = 0,
         world: int = 1,
+        processes: int = 0,
         cache_folder: Path = CACHE_FOLDER,
     ) -> None:
         """Open it; with a cache, everything is decoded here.
@@ -70,6 +89,7 @@ class Loader(IterableDataset[Batch]):
             face: what the faces are, from the index of the shards.
             params: section train of params.yaml; `batch` is that of all ranks together.
             rank: of `world` processes that train together.
+            processes: that make batches; 0 for threads; see `loader_processes`.
 
         Raises:
             TableError: the split has fewer rows than a batch.
@@ -91,7 +111,8 @@ class Loader(IterableDataset[Batch]):
                 "have: raise align.face.margin, or lower the shift or train.backbone.width"
             )
         self._split, self._face, self._params, self._device = split, face, params, device
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._processes = rank, world, processes
+        self._cache, self._cache_folder = cache, cache_folder
         self._sampling: Sampling
         if isinstance(params.sampling, BalancedSampling):
             balanced = params.sampling
@@ -118,15 +139,33 @@ class Loader(IterableDataset[Batch]):
         """Go on where another loader, with any number of threads, workers or ranks, was."""
         self._iteration = int(state["iteration"])
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches from where it is on."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a process that makes batches on the host."""
+        arguments = self._split, self._face, self._params, self._cache, self._rank, self._world, self._cache_folder
+        return _elsewhere, (*arguments, self.state_dict())
+
+    def __iter__(self) -> Generator[Batch]:
+        """Batches from where it is on. To be closed, so that processes that make them end.
+
+        Raises:
+            FaceError: an image cannot be decoded; the message names it.
+            TableError: a shard is not there or not readable.
+            InputError: a process that makes batches has died.
+        """
         worker = get_worker_info()
         if worker is not None:
             builder = _Builder(self, pin=False)
-            iteration = self._iteration + worker.id
-            while True:
+            for iteration in itertools.count(self._iteration + worker.id, worker.num_workers):
                 yield builder.build(iteration)
-                iteration += worker.num_workers
+        batches = self._by_processes() if self._processes else self._by_threads()
+        while True:
+            started = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - started
+            self._iteration += 1
+            yield batch.to(self._device)
+
+    def _by_threads(self) -> Iterator[Batch]:
         builder = _Builder(self, pin=self._device.type == "cuda")
         threads = min(MAX_THREADS, cores())
         most = 2 * threads if self._on_device is None else 2  # batches that take its memory, too
@@ -138,11 +177,113 @@ class Loader(IterableDataset[Batch]):
                     builder.read_ahead(submitted)
                     ahead.append(pool.submit(builder.build, submitted))
                     submitted += 1
-                started = time.perf_counter()
-                batch = ahead.popleft().result()
-                self.waited += time.perf_counter() - started
-                self._iteration += 1
-                yield batch.to(self._device)
+                yield ahead.popleft().result()
+
+    def _by_processes(self) -> Iterator[Batch]:
+        # Forked off a process that has done nothing but import this module: a fork of this one would not have its
+        # threads, but the locks that they hold.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        others = set(multiprocessing.active_children())
+        batches: Iterator[Batch | InputError] = iter(
+            DataLoader(
+                _Told(self),
+                batch_size=None,
+                num_workers=self._processes,
+                prefetch_factor=_PREFETCH,
+                pin_memory=self._device.type == "cuda",
+                worker_init_fn=_begin_process,
+                multiprocessing_context=context,
+            )
+        )
+        processes = [process for process in multiprocessing.active_children() if process not in others]
+        try:
+            for batch in batches:
+                if isinstance(batch, InputError):
+                    raise batch
+                yield batch
+        except (RuntimeError, OSError, EOFError) as error:  # a lost one shows as any of them
+            if not wait([process.sentinel for process in processes], timeout=1):
+                raise
+            raise InputError(
+                "a process that makes batches has died; where memory was short, lower machine.loaders, or set it to 0. "
+                f"The same command goes on from the last checkpoint. ({error})"
+            ) from error
+        finally:
+            del batches  # asks them to end, and waits for some seconds
+            for process in processes:
+                process.kill()
+
+
+class _Told(IterableDataset["Batch | InputError"]):
+    """A loader in a process of its own, from where an error comes as the last item: raised there, it would arrive with
+    a traceback for its message.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> "Iterator[Batch | InputError]":
+        try:
+            yield from self._loader
+        except InputError as error:
+            yield error
+
+
+def _elsewhere(
+    split: Split,
+    face: Face,
+    params: Train,
+    cache: Literal["none", "host"],
+    rank: int,
+    world: int,
+    cache_folder: Path,
+    state: dict[str, Any],
+) -> Loader:
+    cpu = torch.device("cpu")
+    loader = Loader(split, face, params, cpu, cache=cache, rank=rank, world=world, cache_folder=cache_folder)
+    loader.load_state_dict(state)
+    return loader
+
+
+def _begin_process(_: int) -> None:
+    """Signals that ask a training to end may be sent to all of its processes, but are for the one that trains: it still
+    needs batches. It ends this one, which also ends by itself when that has gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+    keep_memory()
+
+
+def loader_processes(machine: Machine, params: Train, device: torch.device, world: int) -> int:
+    """How many processes make batches for each that trains: `machine.loaders`, or as many as it takes.
+
+    Threads do where images are decoded and flipped. What albumentations does holds Python's lock, so that many threads
+    are no faster than one, and a GPU would wait for it.
+
+    Raises:
+        InputError: there is no room to hand over so many batches.
+    """
+    wanted = machine.loaders
+    if wanted is None:
+        slow = params.augment.by_image and device.type == "cuda"
+        wanted = min(MAX_PROCESSES, cores()) if slow else 0
+    if not wanted or not SHARED_MEMORY.is_dir():
+        return wanted
+    each = (_PREFETCH + 1) * (params.batch // world) * HEIGHT * params.backbone.width * 3
+    free = shutil.disk_usage(SHARED_MEMORY).free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    room = free // each
+    if wanted <= room:
+        return wanted
+    short = (
+        f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, but {wanted} processes need {wanted * each / 2**20:.0f} to "
+        "hand batches over; enlarge it (docker run --shm-size)"
+    )
+    if machine.loaders is not None:
+        raise InputError(f"machine.loaders: {short}, or lower machine.loaders")
+    log.warning("%s; until then %s", short, f"{room} make them" if room else "threads make them, slowly")
+    return room
 
 
 class _Builder:

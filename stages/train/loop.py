@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -256,10 +256,10 @@ def train(
         Interrupted: by SIGTERM or SIGINT; a checkpoint is there.
     """
     total = params.schedule.iterations
-    batches = iter(loader)
     meter = Meter(params, loader, device, done, training.ranks.size)
     saved = time.monotonic()
     with (
+        closing(iter(loader)) as batches,
         asked_to_end(patient=training.ranks.size > 1) as asked,
         bar(total=total, initial=done, label="training", unit="iterations", shown=training.ranks.first) as shown,
     ):

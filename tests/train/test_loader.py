@@ -1,8 +1,9 @@
 import io
-from concurrent.futures import ProcessPoolExecutor
+import multiprocessing
+from contextlib import closing
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from pipeline.errors import InputError
 from pipeline.params import Params, Train
@@ -56,7 +56,8 @@ def make(shards: Shards, train: Train, **options: Any) -> Loader:
 
 
 def take(loader: Loader, count: int) -> list[Batch]:
-    return list(islice(iter(loader), count))
+    with closing(iter(loader)) as batches:
+        return list(islice(batches, count))
 
 
 def equal(a: list[Batch], b: list[Batch]) -> bool:
@@ -130,12 +131,6 @@ def jpegs(shards: Shards) -> list[bytes]:
     return [image.permute(1, 2, 0).contiguous().numpy().tobytes() for batch in batches for image in batch.images]
 
 
-def by_workers(shards: str, train: Train, workers: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    made = make(Shards(shards), train)
-    loader = DataLoader(made, batch_size=None, num_workers=workers, multiprocessing_context="fork")
-    return [(batch.images.numpy(), batch.labels.numpy()) for batch in islice(loader, count)]
-
-
 @pytest.mark.parametrize("augment", [{"horizontal_flip": 0.5}, STRONG], ids=["flip", "strong"])
 def test_the_same_batches_whatever_makes_them(
     shards: Shards, params: Params, augment: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -148,11 +143,10 @@ def test_the_same_batches_whatever_makes_them(
     resumed = make(shards, train)
     resumed.load_state_dict({"iteration": 7})
     assert equal(take(resumed, 5), whole[7:])
-    # Workers are forked, so from a process of their own: this one has threads by now that a fork does not survive.
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        for workers in (1, 2):
-            made = pool.submit(by_workers, shards.place.path, train, workers, 6).result()
-            assert equal([Batch(*map(torch.from_numpy, batch)) for batch in made], whole[:6])
+    resumed = make(shards, train, processes=2)
+    resumed.load_state_dict({"iteration": 7})
+    assert equal(take(resumed, 5), whole[7:])
+    assert equal(take(make(shards, train, processes=2, cache="host", cache_folder=tmp_path), 12), whole)
     monkeypatch.setattr(loading, "MAX_THREADS", 1)
     assert equal(take(make(shards, train), 12), whole)
 
@@ -221,10 +215,65 @@ def test_an_image_that_is_none_is_named(tmp_path: Path, params: Params) -> None:
     rows = pq.read_table(path).to_pylist()
     rows[5]["image"] = b"nothing"
     write_table(path, pa.Table.from_pylist(rows, EXAMPLES), EXAMPLES, 4)
-    with pytest.raises(FaceError, match=r"train-00000-of-00002\.parquet, row 5: 7 bytes that are no JPEG"):
+    named = r"^[^\n]*train-00000-of-00002\.parquet, row 5: 7 bytes that are no JPEG[^\n]*$"
+    with pytest.raises(FaceError, match=named):
         take(make(shards, section(params)), 2)
-    with pytest.raises(FaceError, match=r"train-00000-of-00002\.parquet, row 5: 7 bytes that are no JPEG"):
+    with pytest.raises(FaceError, match=named):
+        take(make(shards, section(params), processes=2), 2)
+    with pytest.raises(FaceError, match=named):
         make(shards, section(params), cache="device")
+
+
+def test_a_process_that_dies_is_told_of(shards: Shards, params: Params) -> None:
+    before = set(multiprocessing.active_children())
+    batches = iter(make(shards, section(params), processes=2))
+    next(batches)
+    made = [process for process in multiprocessing.active_children() if process not in before]
+    assert len(made) == 2
+    made[0].kill()
+    with pytest.raises(InputError, match=r"has died; where memory was short, lower machine\.loaders"):
+        list(batches)
+    made[1].join(10)
+    assert not made[1].is_alive()
+
+
+@pytest.mark.parametrize(
+    ("device", "strong", "asked", "free_mib", "count"),
+    [
+        ("cpu", True, None, 1024, 0),  # threads: training takes all cores as it is
+        ("cuda", False, None, 1024, 0),
+        ("cuda", True, None, 1024, 6),  # a process for each core
+        ("cuda", True, 0, 1024, 0),
+        ("cpu", False, 3, 1024, 3),
+        # 32 images of 112×112×3 bytes a batch, three batches a process: 3.4 MiB
+        ("cuda", True, None, 20, 5),
+        ("cuda", True, None, 3, 0),
+        ("cuda", True, 6, 20, None),
+    ],
+)
+def test_how_many_processes_make_batches(
+    params: Params,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    strong: bool,
+    asked: int | None,
+    free_mib: int,
+    count: int | None,
+) -> None:
+    monkeypatch.setattr(loading, "cores", lambda: 6)
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: SimpleNamespace(free=free_mib * 2**20))
+    monkeypatch.setattr(loading, "SHARED_MEMORY", Path("/"))
+    machine = params.machine.model_copy(update={"loaders": asked})
+    train = section(params, batch=64, augment=STRONG if strong else {})
+
+    def found() -> int:
+        return loading.loader_processes(machine, train, torch.device(device), world=2)
+
+    if count is None:
+        with pytest.raises(InputError, match=r"machine\.loaders: / has 20 MiB free, but 6 processes need 21 to"):
+            found()
+    else:
+        assert found() == count
 
 
 def test_validation_sees_every_example_once_and_unchanged(shards: Shards) -> None:
