@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: repro test lint clean
 repro: $(INSTALLED)
-	@dvc repro
+	@$(VENV)/bin/dvc repro
 	@echo && cat reports/verdict.txt && echo "parameters, curves and models of every run: $(VENV)/bin/cosface ui"
 
 test: lint

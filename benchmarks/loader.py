@@ -1,4 +1,4 @@
-"""Shards and their loader beside peers: `python benchmarks/loader.py [--only reading,mixing,writing,cleaning]`.
+"""Shards and their loader beside peers: `python benchmarks/loader.py`, or some sections by `--only reading,augmenting`.
 
 Aligns real photographs (`--faces`: CASIA-WebFace.zip) or takes a folder of the aligned table (`--aligned`), sets up
 the peers in an environment of their own (`--peers`, made on first use), and lets contestants take turns, so that all
@@ -18,6 +18,7 @@ import time
 import venv
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
@@ -84,16 +85,22 @@ def real_faces(aligned: Path) -> tuple[list[bytes], list[str]]:
     return table["image"].to_pylist(), table["identity"].to_pylist()
 
 
-def reading(faces: list[bytes], people: list[str], peers: Path, work: Path) -> dict[str, Any]:
-    """Images/s to shuffled, flipped uint8 batches, on one core and on two."""
+def write_shards(faces: list[bytes], people: list[str], work: Path) -> tuple[list[bytes], list[int]]:
+    """Shards of FACES rows; the faces, sorted by person, and the label of each row."""
     number = {name: i for i, name in enumerate(sorted(set(people)))}
     labels = sorted(number[name] for name in islice(cycle(people), FACES))
     by_person = [face for _, face in sorted(zip(people, faces, strict=True), key=lambda item: item[0])]
     write_aligned(work / "aligned", by_person, labels)
     params = load_params(ROOT / "params.yaml")
-    shard.run(
-        work / "aligned", {}, work / "shards", work / "report", section(params), params.align.face, params.machine
-    )
+    out = work / "shards"
+    shutil.rmtree(out, ignore_errors=True)
+    shard.run(work / "aligned", {}, out, work / "report", section(params), params.align.face, params.machine)
+    return by_person, labels
+
+
+def reading(faces: list[bytes], people: list[str], peers: Path, work: Path) -> dict[str, Any]:
+    """Images/s to shuffled, flipped uint8 batches, on one core and on two."""
+    by_person, labels = write_shards(faces, people, work)
     for i, label in enumerate(labels):
         path = work / "folder" / f"{label:05d}" / f"{i:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +133,31 @@ def reading(faces: list[bytes], people: list[str], peers: Path, work: Path) -> d
     return result | {"peers": versions}
 
 
+def augmenting(faces: list[bytes], people: list[str], work: Path) -> dict[str, Any]:
+    """Images/s augmented as recipe ir50-modern has it, by threads and by a process a core."""
+    write_shards(faces, people, work)
+    contestants = [(kind, count) for count in (1, 2) for kind in ("threads", "processes")]
+    rates: dict[str, list[float]] = {}
+    for turn in range(ROUNDS):
+        for kind, count in contestants:
+            command = [sys.executable, __file__, "--read", f"augmented, {kind}", work, count, BATCH]
+            rate = json.loads(on_cores(count, command).splitlines()[-1])["rate"]
+            rates.setdefault(f"{kind}, {count} cores", []).append(rate)
+        print(f"  round {turn}: { ({n: round(r[-1]) for n, r in rates.items()}) }", flush=True)
+    rounds = {name: np.asarray(values) for name, values in rates.items()}
+    return {
+        "batch": BATCH,
+        "images_per_second": {name: round(float(np.median(values))) for name, values in rounds.items()},
+        "two_cores_times_one": {
+            kind: spread(rounds[f"{kind}, 2 cores"] / rounds[f"{kind}, 1 cores"]) for kind in ("threads", "processes")
+        },
+        "processes_times_threads": {
+            f"{count} cores": spread(rounds[f"processes, {count} cores"] / rounds[f"threads, {count} cores"])
+            for count in (1, 2)
+        },
+    }
+
+
 def on_cores(count: int, command: Sequence[Any]) -> str:
     chosen = sorted(os.sched_getaffinity(0))[:count]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -155,16 +187,28 @@ def read(name: str, work: Path, count: int, batch: int) -> None:
         return
     params = load_params(ROOT / "params.yaml")
     train = Train.model_validate(params.train.model_dump() | {"batch": batch})
+    if name.startswith("augmented"):
+        strong = load_params(ROOT / "pipeline" / "recipes" / "ir50-modern.yaml").train.augment
+        train = train.model_copy(update={"augment": strong.model_copy(update={"shift": 0})})
+    processes = count if name == "augmented, processes" else 0
     shards = Shards(str(work / "shards"))
-    cache: Any = {"ours": "none", "ours, host cache": "host"}.get(name, "device")
-    split, cpu = shards.split("train"), torch.device("cpu")
-    loader = iter(Loader(split, shards.index.face, train, cpu, cache=cache, cache_folder=work / "decoded"))
-    for _ in range(WARM_UP):
-        next(loader)
-    started = time.perf_counter()
-    for _ in range(TIMED):
-        assert len(next(loader).labels) == batch
-    print(json.dumps({"rate": TIMED * batch / (time.perf_counter() - started)}))
+    cache: Any = {"ours, host cache": "host", "ours, device cache (the CPU)": "device"}.get(name, "none")
+    loader = Loader(
+        shards.split("train"),
+        shards.index.face,
+        train,
+        torch.device("cpu"),
+        cache=cache,
+        processes=processes,
+        cache_folder=work / "decoded",
+    )
+    with closing(iter(loader)) as batches:
+        for _ in range(WARM_UP):
+            next(batches)
+        started = time.perf_counter()
+        for _ in range(TIMED):
+            assert len(next(batches).labels) == batch
+        print(json.dumps({"rate": TIMED * batch / (time.perf_counter() - started)}))
 
 
 def decode_alone(work: Path, count: int) -> float:
@@ -319,7 +363,7 @@ def main() -> None:
         read(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="reading,mixing,writing,cleaning")
+    parser.add_argument("--only", default="reading,augmenting,mixing,writing,cleaning")
     parser.add_argument("--faces", type=Path, default=ROOT.parent / "shared" / "faces")
     parser.add_argument("--aligned", type=Path, help="a folder of the aligned table, instead of --faces")
     parser.add_argument("--peers", type=Path, default=ROOT / ".peers" / "loader")
@@ -330,6 +374,7 @@ def main() -> None:
         faces, people = real_faces(aligned)
         sections: dict[str, Callable[[], dict[str, Any]]] = {
             "reading": lambda: reading(faces, people, environment_of_peers(arguments.peers), work),
+            "augmenting": lambda: augmenting(faces, people, work),
             "mixing": lambda: mixing(work),
             "writing": lambda: writing(faces, work),
             "cleaning": lambda: cleaning(aligned),

@@ -36,7 +36,7 @@ class ParamsError(InputError):
 class Section(BaseModel):
     """A section of params.yaml: frozen, complete, and without unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Synthetic(Section):
@@ -158,7 +158,7 @@ class Detector(Section):
     """Smallest face looked for, in pixels of the photograph."""
     min_face_share: Share
     """The same as a share of the photograph's shorter side; the larger of both holds."""
-    factor: Annotated[float, Field(gt=0, lt=1)]
+    factor: Annotated[float, Field(gt=0, le=0.95)]
     """Ratio of neighbouring pyramid scales."""
     thresholds: tuple[Share, Share, Share]
     """Face probability above which P-, R- and O-Net keep a candidate."""
@@ -569,7 +569,7 @@ class Machine(Section):
     a GPU would wait for augmentation image by image."""
     cache: Literal["none", "host", "device"]
     """Whether training decodes each image every time, or once: into memory, shared by all processes, or into the
-    GPU's. 37 kB an image, 18.4 GB for CASIA-WebFace."""
+    GPU's. 37 kB an image, 18.6 GB for CASIA-WebFace."""
     checkpoint_minutes: Annotated[float, Field(gt=0)]
     """Between two checkpoints of a training, at most; others are written at train.checkpoint_every."""
     checkpoints_kept: Annotated[int, Field(ge=1)]
@@ -606,6 +606,13 @@ class Params(Section):
             raise ValueError(
                 "machine.cache: device allows a flip and a shift alone; the rest of train.augment needs host or none"
             )
+        seen, shift = self.train.backbone.width, self.train.augment.shift
+        room = min(self.align.face.margin, (self.align.face.size[1] - seen) // 2)
+        if self.train.data == "data/shards" and shift > room:
+            raise ValueError(
+                f"train.augment.shift: {shift} pixels around the 112×{seen} that the network sees are more than align "
+                f"keeps, {room}: raise align.face.margin, or lower the shift or train.backbone.width"
+            )
         if self.machine.cache == "device" and self.machine.loaders:
             raise ValueError("machine.loaders: with machine.cache: device the GPU makes batches itself; set it to null")
         return self
@@ -623,10 +630,10 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         content: Any = ruamel.yaml.YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ParamsError(f"{path}: no such file; `cosface recipe quickstart` writes the default one") from error
-    except YAMLError as error:
-        raise ParamsError(f"{path}: not valid YAML: {error}") from error
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path}: not text in UTF-8: {error}") from error
+    except (YAMLError, ValueError) as error:  # the latter for what looks like a date and is none
+        raise ParamsError(f"{path}: not valid YAML: {error}") from error
     try:
         return Params.model_validate(content)
     except ValidationError as error:

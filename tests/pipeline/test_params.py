@@ -1,4 +1,5 @@
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ WRONG: list[tuple[str, Any, str]] = [
     ),
     ("train.sampling", {"name": "balanced", "identities": 32, "images": 4}, r"set machine\.cache to host or device"),
     ("train.augment.shift", -1, r"train\.augment\.shift: .*greater than or equal to 0"),
+    ("train.augment.shift", 2, r"2 pixels around the 112×112 that the network sees are more than align keeps, 0"),
+    ("train.optimizer.learning_rate", math.inf, r"train\.optimizer\.learning_rate: .*finite number"),
+    ("align.detector.factor", 0.99, r"align\.detector\.factor: .*less than or equal to 0\.95"),
+    ("machine.loaders", -1, r"machine\.loaders: .*greater than or equal to 0"),
     ("machine.cache", "disk", r"machine\.cache: .*'none', 'host' or 'device', not 'disk'"),
     ("align.detector.thresholds", [0.6, 0.7], r"align\.detector\.thresholds"),
     ("align.detector.min_face_share", 1.5, r"align\.detector\.min_face_share: .*less than or equal to 1"),
@@ -160,9 +165,10 @@ def test_an_evaluation_set_needs_its_pairs(tmp_path: Path) -> None:
 def test_files_that_are_no_parameters(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match="no such file; `cosface recipe quickstart`"):
         load_params(tmp_path / "params.yaml")
-    (tmp_path / "params.yaml").write_text("a: [1,\n")
-    with pytest.raises(ParamsError, match="not valid YAML"):
-        load_params(tmp_path / "params.yaml")
+    for text in ("a: [1,\n", "a: 2024-02-30\n"):
+        (tmp_path / "params.yaml").write_text(text)
+        with pytest.raises(ParamsError, match="not valid YAML"):
+            load_params(tmp_path / "params.yaml")
     for encoding in ("utf-16", "latin-1"):
         (tmp_path / "params.yaml").write_text("a: Zoë\n", encoding=encoding)
         with pytest.raises(ParamsError, match=rf"^{tmp_path}/params\.yaml: not text in UTF-8: "):
