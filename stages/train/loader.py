@@ -180,10 +180,10 @@ class Loader(IterableDataset[Batch]):
                 yield ahead.popleft().result()
 
     def _by_processes(self) -> Iterator[Batch]:
-        # Forked off a process that has done nothing but import this module: a fork of this one would not have its
-        # threads, but the locks that they hold.
+        # Forked off a process that has only imported apart.py: a fork of this one would not have its threads, but the
+        # locks that they hold.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(["stages.train.apart"])
         others = set(multiprocessing.active_children())
         batches: Iterator[Batch | InputError] = iter(
             DataLoader(
@@ -247,10 +247,7 @@ def _elsewhere(
 
 
 def _begin_process(_: int) -> None:
-    """Signals that ask a training to end may be sent to all of its processes, but are for the one that trains: it still
-    needs batches. It ends this one, which also ends by itself when that has gone.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM):  # see apart.py
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)
     keep_memory()
