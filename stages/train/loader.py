@@ -249,8 +249,17 @@ def _elsewhere(
 def _begin_process(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # see apart.py
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
     keep_memory()
+
+
+def _end_with_parent() -> None:
+    """However that ends: torch watches only the process that this one was forked off, which waits for it in turn."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def loader_processes(machine: Machine, params: Train, device: torch.device, world: int) -> int:

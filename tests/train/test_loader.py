@@ -1,5 +1,9 @@
 import io
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -7,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +25,7 @@ from stages.shard.reader import Shards
 from stages.train import loader as loading
 from stages.train.faces import FaceError
 from stages.train.loader import Batch, Loader, validation_batches
+from tests.conftest import ROOT
 from tests.samples import FACE, NO_AUGMENTATION, face_like, jpeg, shard_section, write_shards
 
 CPU = torch.device("cpu")
@@ -86,7 +92,7 @@ def test_exactly_once_over_ranks_workers_and_interruptions(data: st.DataObject) 
     """Whatever the shards, ranks, caches and interruptions: ranks together see every row exactly once an epoch."""
     import tempfile
 
-    from tests.conftest import ROOT, load_params
+    from tests.conftest import load_params
 
     counts = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=5))
     world = data.draw(st.sampled_from([1, 2, 3]))
@@ -235,6 +241,55 @@ def test_a_process_that_dies_is_told_of(shards: Shards, params: Params) -> None:
         list(batches)
     made[1].join(10)
     assert not made[1].is_alive()
+
+
+TRAINING = """
+import multiprocessing, signal, sys
+from pathlib import Path
+import torch
+from pipeline.params import Train
+from stages.shard.reader import Shards
+from stages.train.loader import Loader
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    shards, params = Shards(sys.argv[1]), Train.model_validate_json(Path(sys.argv[2]).read_text())
+    batches = iter(Loader(shards.split("train"), shards.index.face, params, torch.device("cpu"), processes=2))
+    next(batches)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    sys.stdin.readline()
+    for _ in range(10):
+        next(batches)
+    print("still there", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_processes_outlive_being_asked_to_end_but_not_their_training(
+    shards: Shards, params: Params, tmp_path: Path
+) -> None:
+    """A signal to the whole process group leaves the training its batches; killed, it leaves nothing behind."""
+    (tmp_path / "train.json").write_text(section(params).model_dump_json())
+    (tmp_path / "training.py").write_text(TRAINING)
+    command = [sys.executable, str(tmp_path / "training.py"), shards.place.path, str(tmp_path / "train.json")]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        made = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+        assert len(made) == 2
+        os.killpg(process.pid, signal.SIGTERM)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "still there\n"
+        process.kill()
+        _, alive = psutil.wait_procs(made, timeout=20)
+        assert not alive
 
 
 @pytest.mark.parametrize(
