@@ -83,7 +83,8 @@ def main() -> None:
         "total_seconds": round(sum(row["seconds"] for row in rows), 1),
         "peak_mib": max(row["peak_mib"] for row in rows),
         "metrics": {
-            path.parent.name: json.loads(path.read_text()) for path in sorted(Path("reports").glob("*/metrics.json"))
+            str(path.parent.relative_to("reports")): json.loads(path.read_text())
+            for path in sorted(Path("reports").rglob("metrics.json"))
         },
     }
     RESULTS.mkdir(exist_ok=True)
