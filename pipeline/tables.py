@@ -293,6 +293,19 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def check_replaceable(folder: Path) -> None:
+    """Refuse, before any work is done, a folder that `resumable` could not replace.
+
+    Raises:
+        InputError: it is a link.
+    """
+    if folder.is_symlink():
+        raise InputError(
+            f"{folder}: is a symbolic link, of which a finished folder cannot take the place; put a folder there, or "
+            "link one further up"
+        )
+
+
 @contextmanager
 def resumable(folder: Path, key: str) -> Iterator[Path]:
     """A folder to fill, which takes the place of `folder` when the block ends well.
@@ -304,7 +317,11 @@ def resumable(folder: Path, key: str) -> Iterator[Path]:
     Args:
         folder: what is to be made; as it was until then.
         key: a fingerprint of all that decides its content.
+
+    Raises:
+        InputError: `folder` is a link.
     """
+    check_replaceable(folder)
     begun = folder.with_name(f".{folder.name}.unfinished")
     unfinished = begun / key
     with locked(folder):

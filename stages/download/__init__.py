@@ -91,7 +91,9 @@ def run(
 
     Raises:
         SourceError: the source is absent, damaged, of another layout, or does not fit its pair list.
+        InputError: `out` is a link.
     """
+    tables.check_replaceable(out)
     if isinstance(source, Absent):
         with tables.resumable(out, tables.fingerprint(set_name, code=(CODE,))) as unfinished:
             tables.write_table(tables.part_path(unfinished, 0), tables.RAW.empty_table(), tables.RAW)

@@ -51,7 +51,9 @@ def run(
     Raises:
         ShardError: fewer than two identities remain, or a file that params names cannot be used.
         TableError: an aligned table is absent or incomplete.
+        InputError: `out` is a link.
     """
+    tables.check_replaceable(out)
     known = {name: Faces.read(path, _hashes(path, params, machine)) for name, path in evaluation.items()}
     faces = Faces.read(aligned, _hashes(aligned, params, machine))
     dropped = clean(faces, known, params.clean)

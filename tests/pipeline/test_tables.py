@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.errors import InputError
 from pipeline.tables import (
     EXAMPLES,
     LABELS,
@@ -161,6 +162,46 @@ def test_a_killed_writer_frees_the_folder_and_leaves_its_parts(tmp_path: Path) -
     process.join()
     with resumable(tmp_path / "out", "a") as unfinished:
         assert part_path(unfinished, 0).exists()
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_run_that_ends_between_removing_the_old_folder_and_cleaning_up_is_made_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: bool
+) -> None:
+    """Whether just before or just after the new folder gets its name: the next run ends as any other."""
+    folder, replace = tmp_path / "out", Path.replace
+    with resumable(folder, "a") as unfinished:
+        write_table(part_path(unfinished, 0), table(0, 2), EXAMPLES)
+
+    def dying(path: Path, target: Path) -> Path:
+        if target != folder:
+            return replace(path, target)
+        if renamed:
+            replace(path, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", dying)
+    with pytest.raises(KeyboardInterrupt), resumable(folder, "b") as unfinished:
+        write_table(part_path(unfinished, 0), table(7, 1), EXAMPLES)
+    assert folder.exists() == renamed
+    monkeypatch.setattr(Path, "replace", replace)
+    with resumable(folder, "b") as unfinished:
+        assert part_path(unfinished, 0).exists() != renamed  # what was finished, but not there yet, is kept
+        write_table(part_path(unfinished, 0), table(7, 1), EXAMPLES)
+    assert read_parts(folder, EXAMPLES)["label"].to_pylist() == [7]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
+def test_a_link_cannot_be_replaced_which_is_said_before_the_work(tmp_path: Path, target: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / target)
+    with (
+        pytest.raises(InputError, match=rf"{tmp_path}/out: is a symbolic link, .*; put a folder there"),
+        resumable(tmp_path / "out", "a"),
+    ):
+        pytest.fail("the work was begun")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
 
 
 def test_fingerprint_sees_values_and_code(tmp_path: Path) -> None:
