@@ -1,13 +1,21 @@
+import hashlib
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.fft import dct
 
-from pipeline.params import Shard
-from pipeline.tables import DROPPED, LABELS, VAL_PAIRS, TableError, read_table
+from pipeline.params import Params, Shard
+from pipeline.tables import ALIGNED, DROPPED, LABELS, VAL_PAIRS, TableError, part_path, read_table, write_table
 from stages import shard
+from stages.shard import __main__ as command
 from stages.shard import writer
 from tests.samples import FACE, HERE, face_like, jpeg, shard_section, write_aligned
 
@@ -130,3 +138,133 @@ def test_an_incomplete_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "nowhere").mkdir()
     with pytest.raises(TableError, match="dvc repro"):
         run(tmp_path / "nowhere")
+
+
+Row = tuple[str, int | None, int, float]
+"""Image id, which picture (None for a photograph without a face), JPEG quality, side of the face in its photograph."""
+
+
+def picture(number: int, quality: int) -> bytes:
+    """A picture of broad patches, 112×112 RGB, that is like no other number's, as JPEG."""
+    patches = np.random.default_rng([7, number]).integers(0, 256, (16, 16, 3), np.uint8)
+    pixels = Image.fromarray(patches).resize((112, 112), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    pixels.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def bits_apart(one: bytes, other: bytes) -> int:
+    """Of the signs of the 16×16 lowest frequencies of both pictures, less their medians, by scipy."""
+
+    def signs(content: bytes) -> NDArray[np.bool_]:
+        image = Image.open(io.BytesIO(content))
+        image.draft("L", image.size)  # as the file has it, not by way of RGB
+        small = np.asarray(image.resize((64, 64), Image.Resampling.LANCZOS), float)
+        low = dct(dct(small, axis=0), axis=1)[:16, :16]
+        return np.asarray(low > np.median(low))
+
+    return int((signs(one) != signs(other)).sum())
+
+
+def write_rows(folder: Path, *parts: list[Row]) -> Path:
+    """An aligned table; an image's identity is its id up to the first slash."""
+    for index, part in enumerate(parts):
+        rows = []
+        for image_id, number, quality, side in part:
+            found = number is not None
+            image = picture(number, quality) if number is not None else None
+            rows.append(
+                {
+                    "image_id": image_id,
+                    "identity": image_id.partition("/")[0],
+                    "sha256": hashlib.sha256(image or image_id.encode()).hexdigest(),
+                    "status": "detected" if found else "no_face",
+                    "image": image,
+                    "box": [10.0, 20.0, 10 + 0.8 * side, 20 + 1.2 * side] if found else None,
+                }
+            )
+        write_table(part_path(folder, index), pa.Table.from_pylist(rows, schema=ALIGNED), ALIGNED)
+    return folder
+
+
+def test_copies_and_people_of_evaluation_sets_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind once, by images that lie in several parts; numbers name pictures, and all but equal ones are far apart.
+
+    Of copies the one with the larger face comes second, where it would go if sizes were not minded.
+    """
+    for module in (shard, writer):
+        monkeypatch.setattr(module, "run_all", lambda function, tasks, **_: [function(*task) for task in tasks])
+    train = write_rows(
+        tmp_path / "aligned",
+        [
+            ("0001/none", None, 0, 0),
+            ("0001/small", 0, 95, 40),
+            ("0001/large", 0, 95, 90),
+            ("0001/near small", 1, 95, 50),
+            ("0001/near large", 1, 10, 51),
+        ],
+        [
+            ("0002/in lfw", 2, 95, 80),
+            ("0002/near in ytf", 3, 10, 80),
+            ("0002/of two", 4, 95, 80),
+            ("0002/near of two", 5, 95, 80),
+            ("0002/own", 6, 95, 80),
+            ("0003/of two", 4, 95, 80),
+            ("0003/near of two", 5, 10, 80),
+        ],
+        [("0003/own", 7, 95, 80), ("0004/named", 8, 95, 80), ("0004/in lfw", 9, 95, 80)],
+    )
+    evaluation = {
+        "lfw": write_rows(
+            tmp_path / "lfw",
+            [("Ann/none", None, 0, 0), ("Ann/1", 9, 95, 80)],
+            [("Ann/2", 2, 95, 80), ("Jose_Nunez/1", 20, 95, 80)],
+        ),
+        "ytf": write_rows(tmp_path / "ytf", [("Bob/1", 30, 95, 80), ("Bob/2", 3, 95, 80)]),
+    }
+    names = tmp_path / "names.txt"
+    names.write_text("0001 Cy\n0004 José Núñez\n")
+    params = shard_section(
+        {"duplicates": True, "near_duplicates": 24, "same_names": True, "names": str(names)},
+        validation={"by": "image", "share": 0.5, "pairs": 0},
+    )
+    shard.run(train, evaluation, tmp_path / "shards", tmp_path / "report", params, FACE, HERE)
+
+    far = {number: bits_apart(picture(number, 95), picture(number, 10)) for number in (1, 3, 5)}
+    assert all(0 < bits <= 24 for bits in far.values())
+    dropped = read_table(tmp_path / "shards" / "dropped.parquet", DROPPED)
+    assert [tuple(row.values()) for row in dropped.to_pylist()] == [
+        ("0001/none", "0001", "no_face", None, None),
+        ("0001/small", "0001", "duplicate", "0001/large", None),
+        ("0001/near small", "0001", "near_duplicate", "0001/near large", far[1]),
+        ("0002/in lfw", "0002", "evaluated_photograph", "lfw: Ann/2", None),
+        ("0002/near in ytf", "0002", "evaluated_near", "ytf: Bob/2", far[3]),
+        ("0002/of two", "0002", "contradiction", "0003/of two", None),
+        ("0002/near of two", "0002", "contradiction_near", "0003/near of two", far[5]),
+        ("0003/of two", "0003", "contradiction", "0002/of two", None),
+        ("0003/near of two", "0003", "contradiction_near", "0002/near of two", far[5]),
+        ("0004/named", "0004", "evaluated_name", "lfw: Jose_Nunez", None),
+        ("0004/in lfw", "0004", "evaluated_name", "lfw: Jose_Nunez", None),
+    ]
+    written = [pq.read_table(path)["image"] for path in (tmp_path / "shards").glob("*-of-*.parquet")]
+    expected = [picture(number, quality) for number, quality in ((0, 95), (1, 10), (6, 95), (7, 95))]
+    assert sorted(image.as_py() for images in written for image in images) == sorted(expected)
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "lfw: Ann/2" in page
+    assert "ytf: Bob/2" in page
+
+
+def test_the_stage_minds_every_evaluation_set(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(command, "run", lambda *arguments: given.extend(arguments))
+    command.main(params)
+    data = Path("data")
+    assert given == [
+        data / "aligned" / "train",
+        {name: data / "aligned" / name for name in ("lfw", "ytf", "probes")},
+        data / "shards",
+        Path("reports/shard"),
+        params.shard,
+        params.align.face,
+        params.machine,
+    ]
