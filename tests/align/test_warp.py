@@ -11,6 +11,19 @@ from pipeline.params import Face
 from stages.align.warp import TEMPLATE, centre_crop, cut, similarity, warp
 
 FACE = Face(width=112, margin=0, quality=95)
+PUBLISHED = (
+    (30.2946, 51.6963),
+    (65.5318, 51.5014),
+    (48.0252, 71.7366),
+    (33.5493, 92.3655),
+    (62.7299, 92.2041),
+)
+"""x, y of eyes, nose and mouth corners in a face 96 pixels wide and 112 high, as SphereFace's release has them
+(preprocess/code/face_align_demo.m); ArcFace's adds 8 to each x, for a face 112 wide."""
+
+
+def test_the_template_is_the_published_one() -> None:
+    np.testing.assert_allclose(TEMPLATE, np.add(PUBLISHED, (8, 0)), rtol=0, atol=1e-9)
 
 
 def test_agrees_with_scikit_image_on_faces_that_fit_no_template_exactly() -> None:
