@@ -49,6 +49,7 @@ PARAMS = Align(
     choose="centre",
     face=Face(width=112, margin=0, quality=95),
 )
+ROOT = Path(__file__).parents[2]
 PEERS = json.loads(Path(__file__).with_name("peers.json").read_text())
 SCENES = scenes()
 NO_FACE = np.full((120, 160, 3), 90, np.uint8)
@@ -205,20 +206,41 @@ def test_a_dask_cluster_writes_the_same_bytes(raw: Path, aligned: Path, tmp_path
 
 
 def test_a_killed_run_goes_on_from_the_first_missing_part(raw: Path, aligned: Path, tmp_path: Path) -> None:
+    """Killed while it writes the second part: it stops there, half of that written, until it is killed."""
     out = tmp_path / "train"
     program = f"""
+        import time
         from pathlib import Path
-        from pipeline.params import Align, Detector, Face, Machine
-        from stages.align import run
-        run(Path({str(raw)!r}), Path({str(out)!r}), Align(**{PARAMS.model_dump()!r}),
-            Machine(**{machine(1).model_dump()!r}), evaluation=False,
-            report=Path({str(tmp_path / "reports" / "train")!r}))
+        import stages.align
+        from pipeline import tables
+        from pipeline.params import Align, Machine
+
+        def half(path, *rest, **options):
+            if path.name != "part-00001.parquet":
+                return write_table(path, *rest, **options)
+            with tables.atomic(path) as temporary:
+                temporary.write_bytes(b"half a file")
+                time.sleep(600)
+
+        write_table, tables.write_table = tables.write_table, half
+        stages.align.run_all = lambda function, tasks, **_: [function(*task) for task in tasks]
+        stages.align.run(
+            Path({str(raw)!r}), Path({str(out)!r}), Align.model_validate({PARAMS.model_dump()!r}),
+            Machine.model_validate({machine(1).model_dump()!r}), evaluation=False,
+            report=Path({str(tmp_path / "reports" / "train")!r}),
+        )
     """
-    killed = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)])
-    while not tables.part_path(out, 0).exists() and killed.poll() is None:
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT) as killed:
+        try:
+            deadline = time.monotonic() + 120
+            while not [path for path in out.glob(".part-00001.parquet.*.tmp") if path.stat().st_size]:
+                assert killed.poll() is None, "it ended before it could be killed"
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            killed.kill()
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in sorted(out.glob("part-*"))] == ["part-00000.parquet"]
     first = tables.part_path(out, 0).stat()
     run(raw, out, PARAMS, machine(1), evaluation=False, report=tmp_path / "reports" / "train")
     assert tables.part_path(out, 0).stat().st_ino == first.st_ino

@@ -10,7 +10,7 @@ from pipeline.params import Archive
 from stages.download import run
 from tests.samples import HERE
 
-FACES = Path("../shared/faces")
+FACES = Path(__file__).parents[2].parent / "shared" / "faces"
 pytestmark = pytest.mark.skipif(not FACES.exists(), reason="no real photographs beside the repository")
 
 
