@@ -39,6 +39,8 @@ _PATIENCE = 30
 _CODE = (Path(__file__).parent, Path(__file__).parents[1] / "stages")
 _START = "`dask scheduler --host 127.0.0.1`, then `dask worker tcp://127.0.0.1:8786 --nthreads 1 --memory-limit 2GiB`"
 
+_TLS = tuple(f"DASK_DISTRIBUTED__COMM__TLS__{name}" for name in ("CA_FILE", "CLIENT__CERT", "CLIENT__KEY"))
+
 
 def choose_device(name: str) -> "torch.device":
     """The device of `machine.device`: auto takes a GPU where there is one.
@@ -231,14 +233,15 @@ def _cluster(machine: Machine) -> Iterator[Executor]:
     """The workers of a Dask scheduler, once it is sure that they can do the work.
 
     Raises:
-        InputError: there is no scheduler or no worker, a worker has too little memory, other code, or sees other
-            files, one task has cost several workers their lives, or the scheduler goes away.
+        InputError: TLS is not configured, there is no scheduler or no worker, a worker has too little memory, other
+            code, or sees other files, one task has cost several workers their lives, or the scheduler goes away.
     """
     import distributed
     from distributed.comm import CommClosedError
 
+    security = _security(machine.executor)
     try:
-        client = distributed.Client(machine.executor, timeout=_PATIENCE)
+        client = distributed.Client(machine.executor, timeout=_PATIENCE, security=security)
     except (OSError, TimeoutError, ValueError) as error:
         raise InputError(
             f"machine.executor: no Dask scheduler at {machine.executor} ({error}); start {_START}"
@@ -258,6 +261,32 @@ def _cluster(machine: Machine) -> Iterator[Executor]:
                 f"machine.executor: the Dask scheduler at {machine.executor} is gone; start it again and run again: "
                 "finished parts are kept"
             ) from error
+
+
+def _security(address: str) -> Any:
+    """The certificates for a scheduler behind tls://, a `distributed.Security` by Dask's own configuration.
+
+    None for any other address, and where a loader that Dask is configured with finds them.
+
+    Raises:
+        InputError: they are not configured, or a file is absent or none of that kind.
+    """
+    import dask
+    import distributed
+
+    if not address.startswith("tls://") or dask.config.get("distributed.client.security-loader", None):
+        return None
+    security = distributed.Security()
+    try:
+        if security.get_connection_args("client")["ssl_context"] is not None:
+            return security
+        found = "one of them is not set"
+    except OSError as error:  # as ssl.SSLError is, for a file without a certificate
+        found = str(error)
+    raise InputError(
+        f"machine.executor: {address} needs certificates, which Dask's configuration names: {', '.join(_TLS)} (the key "
+        f"may be in the certificate's file): {found}"
+    )
 
 
 def _check_workers(client: Any, machine: Machine) -> None:

@@ -552,7 +552,7 @@ class Audit(Section):
 class Machine(Section):
     """What runs where. Changes nothing that comes out, so no stage depends on it."""
 
-    executor: Annotated[str, Field(pattern=r"^(local|(tcp|tls|ucx|ws|wss)://.+)$")]
+    executor: Annotated[str, Field(pattern=r"^(local|(tcp|tls|ws|wss)://.+)$")]
     """Where rendering, decoding and alignment run: local (processes on this machine), or a Dask scheduler's address."""
     workers: Count | None
     """Processes on this machine; null for one a core, as many as there is memory for."""

@@ -248,8 +248,11 @@ def test_who_waits_for_another_process_fetches_anew(
     source = archive(host.address("lfw.tgz"), host.address("pairs.txt"))
     write_part = stages.download._write_part
 
+    deadline = time.monotonic() + 50
+
     def once_the_other_waits(path: Path, rows: Any) -> None:
         while "another process is writing here" not in caplog.text:
+            assert time.monotonic() < deadline, "the other does not wait"
             time.sleep(0.01)
         write_part(path, rows)
 

@@ -4,16 +4,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import distributed
 import psutil
 import pytest
 import torch
+from dask import config as dask_config
 
 from pipeline import executor
 from pipeline.errors import InputError
@@ -54,14 +58,17 @@ def test_nothing_to_do() -> None:
     assert run_all(square, [], machine=machine(), label="nothing", unit="numbers") == []
 
 
-def test_no_more_processes_than_memory_or_the_tasks_ask_for() -> None:
-    cores = executor.cores()
-    available = psutil.virtual_memory().available / 2**30
-    assert executor._processes(machine(workers=None, memory=available * 0.6), 100, None) == 1
-    assert executor._processes(machine(workers=None, memory=available * 9), 100, None) == 1
-    assert executor._processes(machine(workers=None, memory=0.001), 100, None) == cores
-    assert executor._processes(machine(workers=None, memory=0.001, threads=cores), 100, None) == 1
-    assert executor._processes(machine(workers=7, memory=available * 9), 100, None) == 7
+def test_no_more_processes_than_memory_or_the_tasks_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine of 6 cores with 8 GiB available."""
+    monkeypatch.setattr(executor, "cores", lambda: 6)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * 2**30))
+    assert executor._processes(machine(workers=None, memory=4.1), 100, None) == 1
+    assert executor._processes(machine(workers=None, memory=72), 100, None) == 1
+    assert executor._processes(machine(workers=None, memory=2), 100, None) == 4
+    assert executor._processes(machine(workers=None, memory=0.5), 100, None) == 6
+    assert executor._processes(machine(workers=None, memory=0.5, threads=2), 100, None) == 3
+    assert executor._processes(machine(workers=None, memory=0.5, threads=6), 100, None) == 1
+    assert executor._processes(machine(workers=7, memory=72), 100, None) == 7
     assert executor._processes(machine(workers=7), 3, None) == 3
     assert executor._processes(machine(workers=7), 100, 4) == 4
 
@@ -127,21 +134,25 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
 
 @contextmanager
 def dask(*arguments: str, code: Path = ROOT, wait_for: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A scheduler or a worker by dask's own command, and what its log says behind `wait_for`."""
+    """A scheduler or a worker by dask's own command, and what its log says behind `wait_for`, in a minute at most."""
     environment = os.environ | {"PYTHONPATH": str(code)}
     with subprocess.Popen(
         [sys.executable, "-m", "dask", *arguments], env=environment, stderr=subprocess.PIPE, cwd=code
     ) as process:
+        end = threading.Timer(60, process.kill)
+        end.start()
         try:
             assert process.stderr is not None
             for line in process.stderr:
                 found = re.search(rf"{wait_for}\s*(\S+)", line.decode())
                 if found:
+                    end.cancel()
                     yield process, found[1]
                     break
             else:
-                pytest.fail(f"dask {arguments} ended without a word of {wait_for!r}")
+                pytest.fail(f"dask {arguments} ended, or was ended after a minute, without a word of {wait_for!r}")
         finally:
+            end.cancel()
             process.kill()
 
 
@@ -152,9 +163,9 @@ def scheduler() -> Iterator[str]:
         yield address
 
 
-def worker(scheduler: str, memory: str = "1GiB", code: Path = ROOT) -> Any:
-    options = ("--nthreads", "1", "--memory-limit", memory, "--no-dashboard", "--no-nanny", "--host", "127.0.0.1")
-    return dask("worker", scheduler, *options, code=code, wait_for="Registered to:")
+def worker(scheduler: str, memory: str = "1GiB", code: Path = ROOT, options: tuple[str, ...] = ()) -> Any:
+    usual = ("--nthreads", "1", "--memory-limit", memory, "--no-dashboard", "--no-nanny", "--host", "127.0.0.1")
+    return dask("worker", scheduler, *usual, *options, code=code, wait_for="Registered to:")
 
 
 def test_a_cluster_gives_what_local_processes_give_though_a_worker_is_killed(scheduler: str, tmp_path: Path) -> None:
@@ -197,10 +208,13 @@ def test_a_cluster_that_cannot_do_the_work_is_refused(
 
 
 def test_a_scheduler_that_goes_away_is_one_clear_error(tmp_path: Path) -> None:
-    def kill(process: subprocess.Popen[bytes]) -> None:
-        while not list(tmp_path.glob("*.pid")):
+    def kill(process: subprocess.Popen[bytes]) -> bool:
+        """Once a task has begun, or after a minute; whether one had."""
+        deadline = time.monotonic() + 60
+        while not (begun := bool(list(tmp_path.glob("*.pid")))) and time.monotonic() < deadline:
             time.sleep(0.05)
         process.kill()
+        return begun
 
     tasks = [(str(tmp_path), i) for i in range(2)]
     arguments = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-show")
@@ -210,8 +224,68 @@ def test_a_scheduler_that_goes_away_is_one_clear_error(tmp_path: Path) -> None:
         ThreadPoolExecutor(1) as killer,
         pytest.raises(InputError, match=rf"the Dask scheduler at {address} is gone; start it again and run again"),
     ):
-        killer.submit(kill, process)
+        killed = killer.submit(kill, process)
         run_all(sleep_long, tasks, machine=machine(executor=address), label="sleeping", unit="naps")
+    assert killed.result(0)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A file with a certificate that has signed itself, and its key."""
+    made = distributed.Security.temporary()
+    path = tmp_path / "certificate.pem"
+    path.write_text(made.tls_client_cert + made.tls_client_key)
+    return path
+
+
+@contextmanager
+def configured(monkeypatch: pytest.MonkeyPatch, **tls: Path) -> Iterator[None]:
+    """Dask's configuration as it would be, had the process begun with these variables and no other."""
+    with monkeypatch.context() as patched:
+        for name in [name for name in os.environ if name.startswith("DASK_")]:
+            patched.delenv(name)
+        for name, path in tls.items():
+            patched.setenv(f"DASK_DISTRIBUTED__COMM__TLS__{name}", str(path))
+        dask_config.refresh()
+        try:
+            yield
+        finally:
+            patched.undo()
+            dask_config.refresh()
+
+
+def test_a_cluster_behind_tls_by_dask_s_own_configuration(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--tls-ca-file", certificate, "--tls-cert", certificate, "--tls-key", certificate)
+    tls = ("--protocol", "tls", *map(str, options))
+    arguments = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-show", *tls)
+    with (
+        dask(*arguments, wait_for="Scheduler at:") as (_, address),
+        worker(address, options=tls),
+        configured(monkeypatch, CA_FILE=certificate, CLIENT__CERT=certificate, CLIENT__KEY=certificate),
+    ):
+        assert address.startswith("tls://")
+        done = run_all(square, [(3,)], machine=machine(executor=address), label="squaring", unit="numbers")
+    assert done == [(9, 1)]
+
+
+def test_tls_that_is_not_configured_is_one_clear_error(
+    certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = r"needs certificates.*DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT, "
+    absent, none = tmp_path / "absent.pem", tmp_path / "none.pem"
+    none.write_text("no certificate")
+    for tls, found in (
+        ({}, "one of them is not set"),
+        ({"CA_FILE": certificate}, "one of them is not set"),
+        ({"CA_FILE": certificate, "CLIENT__CERT": absent}, "No such file"),
+        ({"CA_FILE": certificate, "CLIENT__CERT": none}, "SSL"),
+        ({"CA_FILE": none, "CLIENT__CERT": certificate}, "X509"),
+    ):
+        with (
+            configured(monkeypatch, **tls),
+            pytest.raises(InputError, match=rf"machine\.executor: tls://127\.0\.0\.1:1 {names}.*: .*{found}"),
+        ):
+            run_all(square, [(3,)], machine=machine(executor="tls://127.0.0.1:1"), label="trying", unit="numbers")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
