@@ -17,6 +17,7 @@ import pytest
 
 import stages.download
 from pipeline import tables
+from pipeline.errors import InputError
 from pipeline.params import Archive, Local, Synthetic
 from stages.download import SourceError, run, synthetic
 from stages.download.errors import DamagedError
@@ -213,6 +214,13 @@ def test_from_an_address_nothing_fetched_stays_behind(
     assert tables.read_parts(tmp_path / "raw", tables.RAW).to_pydict() == expected(LFW)
     assert [path for path in downloads.iterdir() if path.suffix != ".lock"] == []
     assert [request[0] for request in host.requests].count("lfw.tgz") == 2  # the dropped one and its rest
+
+
+def test_a_link_in_place_of_the_set_is_refused_before_anything_is_fetched(host: Any, tmp_path: Path) -> None:
+    (tmp_path / "raw").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="raw: is a symbolic link"):
+        run("train", archive(host.address("a.zip")), tmp_path / "raw", HERE, tmp_path / "downloads")
+    assert host.requests == []
 
 
 @pytest.mark.parametrize("broken", ["lfw.tgz", "pairs.txt"])

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.fft import dct
 
+from pipeline.errors import InputError
 from pipeline.params import Params, Shard
 from pipeline.tables import ALIGNED, DROPPED, LABELS, VAL_PAIRS, TableError, part_path, read_table, write_table
 from stages import shard
@@ -128,6 +129,12 @@ def test_a_shard_says_what_it_is(tmp_path: Path) -> None:
     assert about["align.face"] == {"width": 112, "margin": 0, "quality": 95}
     assert about["shard"]["seed"] == 3
     assert metadata[b"split"] == b"train"
+
+
+def test_a_link_in_place_of_the_shards_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "shards").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="shards: is a symbolic link"):
+        run(tmp_path)
 
 
 def test_an_incomplete_table_is_named(tmp_path: Path) -> None:
