@@ -239,9 +239,9 @@ def _cluster(machine: Machine) -> Iterator[Executor]:
     import distributed
     from distributed.comm import CommClosedError
 
-    security = _security(machine.executor)
+    _check_certificates(machine.executor)
     try:
-        client = distributed.Client(machine.executor, timeout=_PATIENCE, security=security)
+        client = distributed.Client(machine.executor, timeout=_PATIENCE)
     except (OSError, TimeoutError, ValueError) as error:
         raise InputError(
             f"machine.executor: no Dask scheduler at {machine.executor} ({error}); start {_START}"
@@ -263,29 +263,29 @@ def _cluster(machine: Machine) -> Iterator[Executor]:
             ) from error
 
 
-def _security(address: str) -> Any:
-    """The certificates for a scheduler behind tls://, a `distributed.Security` by Dask's own configuration.
+def _check_certificates(address: str) -> None:
+    """See that Dask's own configuration has what a scheduler behind tls:// asks for.
 
-    None for any other address, and where a loader that Dask is configured with finds them.
+    Nothing is checked of other addresses, nor where Dask is configured with a loader of certificates.
 
     Raises:
-        InputError: they are not configured, or a file is absent or none of that kind.
+        InputError: they are not configured, or a file is absent or of another kind.
     """
     import dask
     import distributed
 
     if not address.startswith("tls://") or dask.config.get("distributed.client.security-loader", None):
-        return None
+        return
     security = distributed.Security()
     try:
         if security.get_connection_args("client")["ssl_context"] is not None:
-            return security
-        found = "one of them is not set"
+            return
+        wrong = "one is not set"
     except OSError as error:  # as ssl.SSLError is, for a file without a certificate
-        found = str(error)
+        wrong = str(error)
     raise InputError(
-        f"machine.executor: {address} needs certificates, which Dask's configuration names: {', '.join(_TLS)} (the key "
-        f"may be in the certificate's file): {found}"
+        f"machine.executor: {address} needs certificates, of which Dask's configuration has the files: "
+        f"{', '.join(_TLS)} (the key may be in the certificate's file). It is {security}: {wrong}"
     )
 
 

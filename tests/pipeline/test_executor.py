@@ -275,15 +275,15 @@ def test_tls_that_is_not_configured_is_one_clear_error(
     absent, none = tmp_path / "absent.pem", tmp_path / "none.pem"
     none.write_text("no certificate")
     for tls, found in (
-        ({}, "one of them is not set"),
-        ({"CA_FILE": certificate}, "one of them is not set"),
-        ({"CA_FILE": certificate, "CLIENT__CERT": absent}, "No such file"),
+        ({}, "one is not set"),
+        ({"CA_FILE": certificate}, rf"{certificate}.*one is not set"),
+        ({"CA_FILE": certificate, "CLIENT__CERT": absent}, rf"{absent}.*No such file"),
         ({"CA_FILE": certificate, "CLIENT__CERT": none}, "SSL"),
         ({"CA_FILE": none, "CLIENT__CERT": certificate}, "X509"),
     ):
         with (
             configured(monkeypatch, **tls),
-            pytest.raises(InputError, match=rf"machine\.executor: tls://127\.0\.0\.1:1 {names}.*: .*{found}"),
+            pytest.raises(InputError, match=rf"machine\.executor: tls://127\.0\.0\.1:1 {names}.*{found}"),
         ):
             run_all(square, [(3,)], machine=machine(executor="tls://127.0.0.1:1"), label="trying", unit="numbers")
 
