@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from dask import config as dask_config
+from pydantic import ValidationError
 
 from pipeline import executor
 from pipeline.errors import InputError
@@ -227,6 +228,15 @@ def test_a_scheduler_that_goes_away_is_one_clear_error(tmp_path: Path) -> None:
         killed = killer.submit(kill, process)
         run_all(sleep_long, tasks, machine=machine(executor=address), label="sleeping", unit="naps")
     assert killed.result(0)
+
+
+def test_a_scheduler_s_address_is_of_a_protocol_that_dask_has() -> None:
+    for protocol in ("tcp", "tls", "ws", "wss"):
+        assert distributed.comm.registry.backends[protocol].get_connector()
+        assert machine(executor=f"{protocol}://127.0.0.1:8786")
+    for protocol in ("ucx", "http", "inproc"):  # Dask has given up the first; the last does not leave this process
+        with pytest.raises(ValidationError, match="executor"):
+            machine(executor=f"{protocol}://127.0.0.1:8786")
 
 
 @pytest.fixture
