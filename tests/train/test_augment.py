@@ -1,6 +1,11 @@
+import io
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from stages.train.augment import ImageAugmenter, crop, crop_and_flip, draw, flip_first
 from tests.samples import augment, face_like
@@ -76,3 +81,86 @@ def test_each_change_by_itself(faces: np.ndarray, name: str) -> None:
         assert detail < 0.7 * np.abs(np.diff(faces[:60][changed].astype(float), axis=2)).mean()
     if name == "colour":
         assert np.abs(out[changed].mean(axis=(1, 2)) - faces[:60][changed].mean(axis=(1, 2))).max() > 10
+
+
+SEEDS = [7919 * number for number in range(150)]
+
+
+def changed_by(name: str, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """All images with one change; what is drawn for each follows from `SEEDS` and is the same for any images."""
+    out = images.copy()
+    ImageAugmenter(augment(**{name: 1.0}), images.shape[2])(out, SEEDS[: len(images)])
+    return out
+
+
+def enlarged(part: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.float64]:
+    """Linear interpolation between the middles of pixels; the outermost stand for what is beyond them."""
+    for axis, (old, new) in enumerate(zip(part.shape[:2], size, strict=True)):
+        at = ((np.arange(new) + 0.5) * old / new - 0.5).clip(0, old - 1)
+        below = np.minimum(at.astype(int), old - 2)
+        share = (at - below).reshape([-1 if axis == own else 1 for own in range(3)])
+        part = part.take(below, axis) * (1 - share) + part.take(below + 1, axis) * share
+    return part
+
+
+@pytest.mark.parametrize("width", [112, 96])
+def test_crop_is_a_part_of_the_image_enlarged(faces: np.ndarray, width: int) -> None:
+    """Which part, a ramp tells; it has 60 to 100 % of the area, and is at most a tenth wider or narrower than all."""
+    ramp = np.zeros((40, 112, width, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = 2 * np.arange(width), 2 * np.arange(112)[:, None]
+    told = changed_by("crop", ramp).astype(float)
+    out = changed_by("crop", faces[:40, :, :width])
+    shares, corners = [], set()
+    for i in range(40):
+        place = []
+        for values, size in ((told[i, 56, :, 0], width), (told[i, :, 48, 1], 112)):
+            inside = np.arange(4, size - 4)
+            slope, start = np.polyfit(inside + 0.5, values[4:-4] / 2 + 0.5, 1)
+            place += [round(start), round(size * slope)]
+        left, wide, top, high = place
+        shares.append(wide * high / (112 * width))
+        corners.add((left, top))
+        assert 0.9 - 0.015 <= wide / high * 112 / width <= 1.1 + 0.015  # sides are whole pixels
+        assert 0 <= left <= width - wide
+        assert 0 <= top <= 112 - high
+        expected = enlarged(faces[i, top : top + high, left : left + wide].astype(float), (112, width))
+        assert np.abs(out[i] - expected).max() <= 1
+    assert 0.59 <= min(shares) < 0.67
+    assert 0.93 < max(shares) <= 1
+    assert len(corners) > 30
+
+
+def test_blur_is_a_gaussian(faces: np.ndarray) -> None:
+    """Of which sigma, an edge tells; scipy's, with the image mirrored about its outermost pixels, is the same."""
+    edge = np.zeros((len(SEEDS), 112, 112, 3), np.uint8)
+    edge[:, :, 56:] = 255
+    told, out = changed_by("blur", edge), changed_by("blur", faces[:40])
+    sigmas, line = np.linspace(0.4, 2.5, 421), edge[0, 0, :, 0].astype(float)
+    profiles = np.stack([gaussian_filter1d(line, sigma, mode="mirror") for sigma in sigmas])
+    found = [float(sigmas[((profiles - row) ** 2).sum(axis=1).argmin()]) for row in told[:, 50, :, 0]]
+    for face, seen_of, sigma in zip(faces[:40], out, found, strict=False):
+        expected = gaussian_filter(face.astype(float), (sigma, sigma, 0), mode="mirror")
+        assert np.abs(seen_of - expected).max() <= 2
+    assert 0.48 <= min(found) < 0.6
+    assert 1.9 < max(found) <= 2.02
+
+
+def compressed(face: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    """Encoded and decoded by Pillow."""
+    file = io.BytesIO()
+    Image.fromarray(face).save(file, "jpeg", quality=quality)
+    with Image.open(file) as opened:
+        return np.asarray(opened)
+
+
+def test_jpeg_is_a_compression_at_one_quality(faces: np.ndarray) -> None:
+    """Red and blue have each other's place in it."""
+    found = []
+    for face, out in zip(faces[:40], changed_by("jpeg", faces[:40]), strict=True):
+        bgr = np.ascontiguousarray(face[..., ::-1])
+        qualities = [each for each in range(10, 101) if (compressed(bgr, each)[..., ::-1] == out).all()]
+        assert len(qualities) == 1
+        found += qualities
+    assert 20 <= min(found) < 28
+    assert 82 < max(found) <= 90
+    assert len(set(found)) > 20
