@@ -12,15 +12,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from pipeline.tables import ALIGNED, EMBEDDED, LABELS, PAIRS, read_parts, read_table, write_table
+from pipeline.params import Evaluate, MegaFace
+from pipeline.tables import ALIGNED, EMBEDDED, LABELS, PAIRS, part_path, read_parts, read_table, write_table
 from pipeline.tracking import NoRun
 from stages.evaluate import Trained, identify, run, suite
 from stages.evaluate.scoring import SCORES
 from stages.evaluate.verification import EvaluationError
 from stages.train.model import load_model
 from tests.evaluate.conftest import EVALUATE, Workspace
+from tests.evaluate.test_identification import brute_force
 
 FILES = {"metrics.json", "scores.parquet", "roc.csv", "roc.png", "det.png", "scores.png", "folds.png"}
 KEYS = {"accuracy", "accuracy_se", "accuracy_std", "auc", "eer", "pairs", "tar_at_far", "threshold", "undetected"}
@@ -127,8 +130,116 @@ def test_people_who_are_trained_on_are_refused_or_told(workspace: Workspace, tmp
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["leaked_identities"] == 2
 
 
+def features_of(folder: Path, how: str) -> tuple[list[str], NDArray[np.float64]]:
+    """Who is on each usable face of an embedded set, and its unit vector, in float64."""
+    rows = read_parts(folder, EMBEDDED).to_pylist()
+    rows = [row for row in rows if row["status"] in ("detected", "fallback")]
+    emb, flip = (np.array([row[name] for row in rows], np.float64) for name in ("emb", "flip"))
+    vectors = {"concatenate": np.hstack([emb, flip]), "sum": emb + flip, "none": emb}[how]
+    return [row["identity"] for row in rows], vectors / np.sqrt((vectors**2).sum(axis=1, keepdims=True))
+
+
+def assert_identified(out: Path, probes: Path, distractors: Path, section: Evaluate) -> dict[str, Any]:
+    """What metrics.json and cmc.csv say is the brute force on the embedded tables; strangers join by their draw."""
+    metrics = json.loads((out / "metrics.json").read_text())
+    people, known = features_of(probes, section.flip)
+    _, unordered = features_of(distractors, section.flip)
+    strangers = np.empty_like(unordered)
+    strangers[np.random.default_rng(section.megaface.seed).permutation(len(unordered))] = unordered
+    counts, fars = section.megaface.distractors, section.megaface.fars
+    ranks, rates = brute_force(known, np.array(people), strangers, counts, fars)
+    assert metrics["probes"] == len(people)
+    assert list(map(int, sorted(metrics["distractors"], key=int))) == counts
+    curve = {
+        (row["distractors"], row["rank"]): row["share"]
+        for row in csv.DictReader((out / "cmc.csv").read_text().splitlines())
+    }
+    for count, rank, rate in zip(counts, ranks, rates, strict=True):
+        found = metrics["distractors"][str(count)]
+        for name, within in (("rank_1", 1), ("rank_10", 10)):
+            assert found[name] == pytest.approx(np.mean([each <= within for each in rank]), abs=1e-9)
+        assert found["tar_at_far"] == {
+            f"{far:g}": each if each is None else pytest.approx(each, abs=1e-9)
+            for far, each in zip(fars, rate, strict=True)
+        }
+        for within in range(1, 101):
+            share = np.mean([each <= within for each in rank])
+            assert float(curve[str(count), str(within)]) == pytest.approx(share, abs=1e-9)
+    assert len(curve) == 100 * len(counts)
+    return metrics
+
+
+def write_embedded(folder: Path, identities: list[str], status: list[str], noise: float, seed: int) -> None:
+    """Features around a direction for each identity, of any length, those of the mirror image around another."""
+    rng = np.random.default_rng(seed)
+    towards = {name: rng.standard_normal((2, 6)) for name in sorted(set(identities))}
+    rows: list[dict[str, object]] = []
+    for number, (name, condition) in enumerate(zip(identities, status, strict=True)):
+        both = rng.uniform(0.2, 5) * (towards[name] + noise * rng.standard_normal((2, 6)))
+        emb, flip = both.astype(np.float32).tolist() if condition in ("detected", "fallback") else (None, None)
+        key = {"image_id": f"{name}/{number}", "identity": name, "video": None, "status": condition}
+        rows.append(key | {"emb": emb, "flip": flip})
+    for index in range(0, len(rows), 7):
+        table = pa.Table.from_pylist(rows[index : index + 7], EMBEDDED)
+        write_table(part_path(folder, index // 7), table, EMBEDDED)
+
+
+@pytest.mark.parametrize("flip", ["concatenate", "sum", "none"])
+def test_identification_is_the_brute_force_on_what_is_embedded(flip: str, tmp_path: Path) -> None:
+    """People in no order, one of them without a mate; faces that were not found, and photographs without any."""
+    people = ["b", "a", "c", "b", "lone", "d", "a", "c", "c", "b", "d", "a", "d", "b", "c", "a"]
+    status = ["detected"] * len(people)
+    status[3], status[7] = "fallback", "unreadable"
+    strangers = ["detected"] * 60
+    strangers[4], strangers[30], strangers[31] = "no_face", "fallback", "fallback"
+    probes, distractors = tmp_path / "probes", tmp_path / "distractors"
+    write_embedded(probes, people, status, 0.7, 1)
+    write_embedded(distractors, [f"s{i}" for i in range(60)], strangers, 0.0, 2)
+    megaface = MegaFace(distractors=[3, 20, 59], seed=5, fars=[0.1, 0.01, 0.0001], noise=EVALUATE.megaface.noise)
+    section = EVALUATE.model_copy(update={"flip": flip, "megaface": megaface})
+    people_trained_on = [{"label": 0, "identity": "e", "train": 3}]
+    write_table(tmp_path / "labels.parquet", pa.Table.from_pylist(people_trained_on, LABELS), LABELS)
+    (tmp_path / "names.txt").write_text("")
+    trained = Trained(tmp_path / "labels.parquet", tmp_path / "names.txt")
+    recorder = Recorder()
+    identify.run(probes, distractors, trained, tmp_path / "out", section, torch.device("cpu"), recorder)
+    metrics = assert_identified(tmp_path / "out", probes, distractors, section)
+    assert (metrics["people"], metrics["pairs"]) == (4, 4 * 3 + 4 * 3 + 3 * 2 + 3 * 2)
+    assert (metrics["undetected"], metrics["leaked_identities"], metrics["flip"]) == (3, 0, flip)
+    rank_1 = [metrics["distractors"][count]["rank_1"] for count in ("3", "20", "59")]
+    assert 1 > rank_1[0] > rank_1[1] > rank_1[2] > 0
+    tar = metrics["distractors"]["59"]["tar_at_far"]
+    assert 1 > tar["0.1"] > tar["0.01"] > 0
+    assert tar["0.0001"] is None
+    for count, of_count in metrics["distractors"].items():
+        assert recorder.metrics[f"megaface/rank_1_of_{count}"] == pytest.approx(of_count["rank_1"], abs=1e-9)
+    assert recorder.metrics["megaface/tar_at_far_0.1_of_59"] == pytest.approx(tar["0.1"], abs=1e-9)
+    assert "megaface/tar_at_far_0.0001_of_59" not in recorder.metrics
+
+
+def test_probes_who_are_trained_on_are_refused_or_told(workspace: Workspace, tmp_path: Path) -> None:
+    """By their names in letters and digits alone; those that are only validated count for nothing."""
+    people = [{"label": 0, "identity": "0000045", "train": 3}, {"label": 1, "identity": "1-2", "train": 2}]
+    people += [{"label": 2, "identity": "11", "train": 0, "val": 3}, {"label": 3, "identity": "13x", "train": 4}]
+    write_table(tmp_path / "labels.parquet", pa.Table.from_pylist(people, LABELS), LABELS)
+    (tmp_path / "names.txt").write_text("0000045 10.\n")
+    trained = Trained(tmp_path / "labels.parquet", tmp_path / "names.txt")
+    sets, cpu = (workspace.embedded / "probes", workspace.embedded / "distractors"), torch.device("cpu")
+    with pytest.raises(
+        EvaluationError, match=r"probes: 2 of its people are trained on: 10 \(0000045\), 12 \(1-2\)\. Leave them"
+    ):
+        identify.run(*sets, trained, tmp_path / "out", EVALUATE, cpu, NoRun())
+    assert not (tmp_path / "out").exists()
+    report = EVALUATE.model_copy(update={"leaks": "report"})
+    assert identify.run(*sets, trained, tmp_path / "out", report, cpu, NoRun())["leaked_identities"] == 2
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["leaked_identities"] == 2
+    assert identify.run(*sets, None, tmp_path / "out", EVALUATE, cpu, NoRun())["leaked_identities"] is None
+
+
 def test_identification_of_the_embedded_sets(workspace: Workspace, reports: Path, tmp_path: Path) -> None:
-    metrics = json.loads((reports / "megaface" / "metrics.json").read_text())
+    probes, distractors = workspace.embedded / "probes", workspace.embedded / "distractors"
+    metrics = assert_identified(reports / "megaface", probes, distractors, EVALUATE)
+    assert metrics["leaked_identities"] == 0
     assert (metrics["probes"], metrics["people"], metrics["pairs"]) == (12, 4, 4 * 3 * 2)
     assert list(metrics["distractors"]) == ["30", "5"]
     for count, of_count in metrics["distractors"].items():
