@@ -6,9 +6,11 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pipeline.params import SETS, Local, Params
 from pipeline.tables import ALIGNED, read_parts, read_table
@@ -114,6 +116,56 @@ def test_page_shows_worst_pairs_and_their_faces(
         frames = [row for row in aligned if row[key] == highest["left"] and row["image"]]
         used = [row for row in frames if row["status"] == "detected"] or frames
         assert base64.b64encode(used[0]["image"]).decode() in sections[index]
+
+
+def decided_rightly(rows: list[dict[str, Any]]) -> NDArray[np.bool_]:
+    """By a threshold that decides most of the other folds' pairs rightly, the middle one of those: every cut tried."""
+    fold, score, same = (np.array([row[name] for row in rows]) for name in ("fold", "score", "same"))
+    score = score.astype(np.float64)
+    right = np.empty(len(rows), bool)
+    for number in np.unique(fold):
+        others = fold != number
+        distinct = np.unique(score[others])
+        cuts = [distinct[0], *((distinct[1:] + distinct[:-1]) / 2), np.nextafter(distinct[-1], np.inf)]
+        hits = [int(((score[others] >= cut) == same[others]).sum()) for cut in cuts]
+        best = [cut for cut, hit in zip(cuts, hits, strict=True) if hit == max(hits)]
+        own = fold == number
+        right[own] = (score[own] >= best[(len(best) - 1) // 2]) == same[own]
+    return right
+
+
+@pytest.mark.parametrize(("name", "index", "key"), [("lfw", 2, "image_id"), ("ytf", 3, "video")])
+def test_accuracy_by_part_is_that_of_its_pairs(
+    workspace: Workspace, reports: Path, tmp_path: Path, params: Params, name: str, index: int, key: str
+) -> None:
+    """From scores.parquet and the aligned faces' boxes: a video's size is the mean of its detected frames'."""
+    sizes: dict[str, list[float]] = {}
+    for row in read_parts(workspace.aligned / name, ALIGNED, [key, "status", "box"]).to_pylist():
+        if row["status"] == "detected":
+            left, top, right, bottom = row["box"]
+            sizes.setdefault(row[key], []).append((right - left + bottom - top) / 2)
+    size = {each: sum(of_frames) / len(of_frames) for each, of_frames in sizes.items()}
+    rows = read_table(reports / name / "scores.parquet", SCORES).to_pylist()
+    decided = decided_rightly(rows)
+    metrics = json.loads((reports / name / "metrics.json").read_text())
+    by_fold = [decided[[row["fold"] == number for row in rows]].mean() for number in {row["fold"] for row in rows}]
+    assert metrics["fold_accuracy"] == pytest.approx(by_fold, abs=1e-9)
+    smaller = np.array([min(size.get(row["left"], 0), size.get(row["right"], 0)) for row in rows])
+    both = smaller > 0
+    low, high = np.quantile(smaller[both], [1 / 3, 2 / 3])
+    expected = {
+        "a face found on both sides": both,
+        "no face found on a side": ~both,
+        f"smaller face below {low:.0f} pixels": both & (smaller < low),
+        f"{low:.0f} to {high:.0f} pixels": (smaller >= low) & (smaller < high),
+        f"{high:.0f} pixels and more": smaller >= high,
+    }
+    text = re.split(r"<h2>", page_of(workspace, reports, tmp_path / "index.html", params))[index]
+    table = re.search(r"<h3>By detection and by face size</h3>.*?<tbody>(.*?)</tbody>", text, re.S)
+    assert table is not None
+    told = re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>", table[1])
+    assert told == [(part, str(own.sum()), f"{100 * decided[own].mean():.1f}%") for part, own in expected.items()]
+    assert len({accuracy for _, _, accuracy in told}) > 2
 
 
 def test_page_says_what_it_was_measured_on(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
