@@ -46,7 +46,7 @@ def test_cosface_casia_is_the_papers_experiment() -> None:
         name="steps", iterations=30_000, warmup=0, milestones=[16_000, 24_000, 28_000], factor=0.1
     )
     assert train.augment.horizontal_flip == 0.5
-    assert params.evaluate.flip
+    assert (params.evaluate.flip, params.evaluate.centre) == ("concatenate", False)
 
 
 def test_cosface_large_is_the_papers_other_experiment() -> None:
