@@ -1,9 +1,13 @@
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from pipeline.params import Backbone
-from stages.train.backbones import BACKBONES, forward_flops
+from stages.train.backbones import BACKBONES, Bottleneck, ImprovedUnit, SphereUnit, SqueezeExcitation, forward_flops
 from stages.train.model import FaceModel, build_model
 
 
@@ -71,6 +75,181 @@ def test_parameters_and_operations_are_as_published(name: str, embedding: int, w
     folded = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d))
     assert counted - folded == pytest.approx(parameters * 1e6, rel=0.0005)
     assert forward_flops(section) == pytest.approx(flops * 1e9, rel=0.025)
+
+
+class Layers:
+    """Layers as functions in float64, each with the next of a module's weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        state = module.state_dict().items()
+        self._weights = [value.double() for name, value in state if not name.endswith("num_batches_tracked")]
+
+    def _next(self) -> Tensor:
+        return self._weights.pop(0)
+
+    def conv(self, x: Tensor, stride: int = 1, groups: int = 1, bias: bool = False) -> Tensor:
+        """Padded so that the middle of each filter meets every pixel."""
+        weight = self._next()
+        padding = weight.shape[2] // 2
+        return F.conv2d(x, weight, self._next() if bias else None, stride, padding, groups=groups)
+
+    def norm(self, x: Tensor) -> Tensor:
+        weight, bias, mean, variance = (self._next() for _ in range(4))
+        return F.batch_norm(x, mean, variance, weight, bias)
+
+    def prelu(self, x: Tensor) -> Tensor:
+        return F.prelu(x, self._next())
+
+    def over_all(self, x: Tensor) -> Tensor:
+        """Each channel's own weighted sum over the whole map, N×C."""
+        return (x * self._next()[:, 0]).sum(dim=(2, 3))
+
+    def linear(self, x: Tensor, bias: bool = True) -> Tensor:
+        weight = self._next()
+        return F.linear(x, weight, self._next() if bias else None)
+
+    def check_all_used(self) -> None:
+        assert not self._weights
+
+
+def sphere_unit(layers: Layers, x: Tensor) -> Tensor:
+    """SphereFace, Table 2: two convolutions, each with its PReLU, and x is added to what they make of it."""
+    return x + layers.prelu(layers.conv(layers.prelu(layers.conv(x))))
+
+
+def squeezed(layers: Layers, x: Tensor) -> Tensor:
+    """Hu et al., Eq. 2 to 4."""
+    return x * layers.conv(layers.conv(x.mean(dim=(2, 3), keepdim=True)).relu()).sigmoid()
+
+
+def improved_unit(layers: Layers, x: Tensor, channels: int, stride: int, early: bool, squeeze: bool) -> Tensor:
+    """ArcFace, section 3.1: BN-Conv-BN-PReLU-Conv-BN, and the public PyTorch networks without the BN in the middle."""
+    inner = layers.conv(layers.norm(x))
+    inner = layers.prelu(inner if early else layers.norm(inner))
+    inner = layers.norm(layers.conv(inner, stride))
+    if squeeze:
+        inner = squeezed(layers, inner)
+    if x.shape[1] != channels or (stride != 1 and not early):
+        return inner + layers.norm(layers.conv(x, stride))
+    return inner + x[..., ::stride, ::stride]
+
+
+def bottleneck(layers: Layers, x: Tensor, channels: int, stride: int) -> Tensor:
+    """MobileFaceNet, Table 1, as in MobileNetV2, Table 1: 1×1, 3×3 by channel, 1×1 without PReLU."""
+    inner = layers.prelu(layers.norm(layers.conv(x)))
+    inner = layers.prelu(layers.norm(layers.conv(inner, stride, groups=inner.shape[1])))
+    inner = layers.norm(layers.conv(inner))
+    return x + inner if stride == 1 and x.shape[1] == channels else inner
+
+
+def sphere_network(layers: Layers, x: Tensor, units: tuple[int, ...]) -> Tensor:
+    for count in units:
+        x = layers.prelu(layers.conv(x, 2, bias=True))
+        for _ in range(count):
+            x = sphere_unit(layers, x)
+    return layers.linear(x.flatten(1))
+
+
+def improved_network(
+    layers: Layers,
+    x: Tensor,
+    units: tuple[int, ...],
+    channels: tuple[int, ...] = (64, 128, 256, 512),
+    stem_stride: int = 1,
+    early: bool = False,
+    squeeze: bool = False,
+) -> Tensor:
+    """ArcFace, section 3.1: stem Conv-BN-PReLU, stages whose first unit has stride 2, BN-Dropout-FC-BN."""
+    x = layers.prelu(layers.norm(layers.conv(x, stem_stride)))
+    for count, of_stage in zip(units, channels, strict=True):
+        for i in range(count):
+            x = improved_unit(layers, x, of_stage, 1 if i else 2, early, squeeze)
+    return layers.norm(layers.linear(layers.norm(x).flatten(1)))
+
+
+def mobile_network(layers: Layers, x: Tensor) -> Tensor:
+    """MobileFaceNet, Table 1."""
+    x = layers.prelu(layers.norm(layers.conv(x, 2)))
+    x = layers.prelu(layers.norm(layers.conv(x, groups=64)))
+    for channels, count, stride in ((64, 5, 2), (128, 1, 2), (128, 6, 1), (128, 1, 2), (128, 2, 1)):
+        for i in range(count):
+            x = bottleneck(layers, x, channels, 1 if i else stride)
+    x = layers.prelu(layers.norm(layers.conv(x)))
+    return layers.norm(layers.linear(layers.norm(layers.over_all(x)), bias=False))
+
+
+Forward = Callable[[Layers, Tensor], Tensor]
+
+UNITS: dict[str, tuple[Callable[[], nn.Module], Forward]] = {
+    "sphere": (partial(SphereUnit, 16), sphere_unit),
+    "squeeze": (partial(SqueezeExcitation, 16), squeezed),
+    **{
+        f"improved {before}-{after}, stride {stride}{', early' * early}{', squeezed' * squeeze}": (
+            partial(ImprovedUnit, before, after, stride, early=early, squeeze=squeeze),
+            partial(improved_unit, channels=after, stride=stride, early=early, squeeze=squeeze),
+        )
+        for before, after, stride in ((16, 16, 1), (16, 16, 2), (16, 32, 2))
+        for early, squeeze in ((False, False), (True, False), (True, True))
+    },
+    **{
+        f"bottleneck {before}-{after}, stride {stride}": (
+            partial(Bottleneck, before, after, stride, 2),
+            partial(bottleneck, channels=after, stride=stride),
+        )
+        for before, after, stride in ((16, 16, 1), (16, 16, 2), (16, 32, 1), (16, 32, 2))
+    },
+}
+
+NETWORKS: dict[str, Forward] = {
+    "sphere20": partial(sphere_network, units=(1, 2, 4, 1)),
+    "ir50": partial(improved_network, units=(3, 4, 14, 3), early=True),
+    "irse50": partial(improved_network, units=(3, 4, 14, 3), early=True, squeeze=True),
+    "iresnet18": partial(improved_network, units=(2, 2, 2, 2)),
+    "mobilefacenet": mobile_network,
+    "small": partial(improved_network, units=(2, 2, 2), channels=(32, 64, 128), stem_stride=2),
+}
+
+
+@torch.no_grad()
+def at_random(module: nn.Module) -> nn.Module:
+    """In float64 and evaluation mode; slopes, offsets and running statistics differ from channel to channel."""
+    for layer in module.double().modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            layer.weight.uniform_(0.5, 1.5)
+            layer.bias.normal_()
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+        elif isinstance(layer, nn.PReLU):
+            layer.weight.uniform_(0.1, 0.5)
+        elif isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.weight.normal_(0, layer.weight[0].numel() ** -0.5)
+            if layer.bias is not None:
+                layer.bias.normal_()
+    return module.eval()
+
+
+@torch.no_grad()
+def assert_computes(module: nn.Module, forward: Forward, x: Tensor) -> None:
+    layers = Layers(at_random(module))
+    expected = forward(layers, x)
+    layers.check_all_used()
+    torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_units_compute_what_is_published(name: str) -> None:
+    make, forward = UNITS[name]
+    torch.manual_seed(0)
+    assert_computes(make(), forward, torch.randn(2, 16, 10, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_compute_what_is_published(name: str) -> None:
+    """Layer by layer, on strips 16 pixels wide, which leave a map of 7×1."""
+    torch.manual_seed(0)
+    assert_computes(BACKBONES[name](8, 16), NETWORKS[name], torch.randn(1, 3, 112, 16, dtype=torch.float64))
 
 
 def ir_parameters(units: tuple[int, ...], squeeze: bool) -> int:
