@@ -1,5 +1,6 @@
 """What several test folders share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from pipeline.params import Params, load_params
 
 ROOT = Path(__file__).parents[1]
 
-settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
-settings.load_profile("no deadline")
+# No deadline: a busy machine is no failure. HYPOTHESIS_PROFILE=random draws other examples each time.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("random", deadline=None, derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture
