@@ -50,7 +50,7 @@ def run(models: Path, checkpoints_root: Path, params: Params) -> None:
 
     Raises:
         TableError: shards are absent, incomplete, or fewer than a batch.
-        InputError: several processes cannot share a batch or the identities.
+        InputError: several processes cannot share a batch or the identities, or the GPU's memory is too small.
         TrainingError: the loss or the gradient is no longer finite.
         Interrupted: asked to end; a checkpoint is there.
     """
@@ -59,7 +59,21 @@ def run(models: Path, checkpoints_root: Path, params: Params) -> None:
     with together(choose_device(params.machine.device)) as (ranks, device):
         if not ranks.first:
             logging.getLogger().setLevel(logging.ERROR)  # the first speaks for all
-        _run(models, checkpoints_root, params, ranks, device)
+        try:
+            _run(models, checkpoints_root, params, ranks, device)
+        except torch.OutOfMemoryError as error:
+            raise InputError(_needs_less(params, error)) from error
+
+
+def _needs_less(params: Params, error: torch.OutOfMemoryError) -> str:
+    """What to change where the GPU's memory is too small."""
+    ways = ["raise train.micro_batches"]
+    if not params.train.recompute:
+        ways.append("set train.recompute to true" + (" and train.compile to false" if params.train.compile else ""))
+    if params.machine.cache == "device":
+        ways.append("set machine.cache, now device, to host or none")
+    what = ". ".join(str(error).split(". ")[:2])  # the rest is about PyTorch's allocator
+    return f"the GPU's memory is too small for this training: {', '.join(ways)}, or lower train.batch ({what})"
 
 
 def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, device: torch.device) -> None:

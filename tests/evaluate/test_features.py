@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import tables
+from pipeline.errors import InputError
 from pipeline.tables import EMBEDDED
 from stages.evaluate import features, scoring
 from stages.evaluate.features import choose_frames, embed, embed_set
@@ -142,6 +143,15 @@ def test_diverged_model_is_reported(tmp_path: Path) -> None:
     diverged = model(lambda images: torch.full((len(images), 3), torch.nan))
     with pytest.raises(EvaluationError, match="mine: its features are not finite numbers"):
         embed_set(tmp_path / "aligned", diverged, tmp_path / "out", batch=2, flip=True)
+
+
+def test_a_gpu_too_small_is_told_with_what_to_change() -> None:
+    def full(images: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
+
+    told = r"^mine: .* 2 faces at a time: lower evaluate\.batch, or .* \(CUDA out of memory\. Tried to allocate 2\.00 G"
+    with pytest.raises(InputError, match=told):
+        embed(model(full), np.zeros((2, 112, 112, 3), np.uint8))
 
 
 def test_no_usable_image_at_all(tmp_path: Path) -> None:

@@ -190,6 +190,24 @@ def test_a_loss_that_is_not_finite_stops(tmp_path: Path, shards: Path, tiny: Par
     assert not list((tmp_path / "checkpoints").rglob("*.pt"))  # nothing broken is kept
 
 
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_a_gpu_too_small_is_told_with_what_to_change(
+    tmp_path: Path, shards: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr(loop, "step", full)
+    cached = tiny.model_copy(update={"machine": tiny.machine.model_copy(update={"cache": cache})})
+    with pytest.raises(InputError) as told:
+        train.run(tmp_path / "models", tmp_path / "checkpoints", cached)
+    assert str(told.value) == (
+        "the GPU's memory is too small for this training: raise train.micro_batches, set train.recompute to true, "
+        + ("" if cache == "none" else "set machine.cache, now device, to host or none, ")
+        + "or lower train.batch (CUDA out of memory. Tried to allocate 2.00 GiB)"
+    )
+
+
 def test_a_loss_that_stands_still_is_reported(
     tmp_path: Path, shards: Path, tiny: Params, caplog: pytest.LogCaptureFixture
 ) -> None:
