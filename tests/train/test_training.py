@@ -73,6 +73,52 @@ def test_interrupted_anywhere_ends_in_the_same_bits(
         assert files(tmp_path / f"m{kill_at}") == files(tmp_path / "whole")
 
 
+def test_a_checkpoint_serves_no_other_parameters_data_or_code(
+    tmp_path: Path, shards: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside that of a training that was stopped, others begin at the beginning, and end as by themselves."""
+    code = tmp_path / "code.py"
+    code.write_text("before")
+    monkeypatch.setattr(train, "CODE", (code,))
+    schedule = {"name": "steps", "iterations": 4, "warmup": 1, "milestones": [3], "factor": 0.1}
+    tiny = changed(tiny, batch=8, checkpoint_every=2, schedule=schedule)
+    step, seen = loop.step, []
+
+    def watched(training, params, iteration, *rest):  # type: ignore[no-untyped-def]
+        seen.append(iteration)
+        step(training, params, iteration, *rest)
+
+    def dying(training, params, iteration, *rest):  # type: ignore[no-untyped-def]
+        if iteration == 3:
+            raise Killed
+        step(training, params, iteration, *rest)
+
+    state = tmp_path / "state"
+    monkeypatch.setattr(loop, "step", dying)
+    with pytest.raises(Killed):
+        train.run(tmp_path / "models", state, tiny)
+    monkeypatch.setattr(loop, "step", watched)
+    (tmp_path / "others").mkdir()
+    section = shard_section(validation={"by": "image", "share": 0.1, "pairs": 0})
+    more = write_shards(tmp_path / "others", [10] * 5 + [11], section)
+    slower = tiny.train.optimizer.model_dump() | {"learning_rate": 0.01}
+    for name, params in (("rate", changed(tiny, optimizer=slower)), ("data", changed(tiny, data=str(more)))):
+        seen.clear()
+        train.run(tmp_path / name, state, params)
+        assert seen == [0, 1, 2, 3]
+        train.run(tmp_path / f"{name}-alone", tmp_path / f"{name}-state", params)
+        assert files(tmp_path / name) == files(tmp_path / f"{name}-alone")
+    seen.clear()
+    code.write_text("after")
+    train.run(tmp_path / "code", state, tiny)
+    assert seen == [0, 1, 2, 3]
+    seen.clear()
+    code.write_text("before")
+    train.run(tmp_path / "models", state, tiny)  # what it does serve
+    assert seen == [2, 3]
+    assert files(tmp_path / "models") == files(tmp_path / "code")
+
+
 def test_what_is_left_behind(tmp_path: Path, shards: Path, tiny: Params) -> None:
     train.run(tmp_path / "models", tmp_path / "checkpoints", tiny)
     assert set(files(tmp_path / "models")) == {
