@@ -1,3 +1,4 @@
+import copy
 import csv
 import json
 import math
@@ -312,6 +313,33 @@ def test_every_head_learns_and_goes_on_where_it_was(
     monkeypatch.setattr(loop, "step", step)
     train.run(tmp_path / "again", tmp_path / "b", params)
     assert files(tmp_path / "again") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_step_is_gradient_descent_written_out(tiny: Params, clip: float | None) -> None:
+    """In float64, as PyTorch's documentation of SGD has it: g += λw, v = μv + g, w −= γv, of all gradients together
+    shortened first.
+    """
+    sgd = {"learning_rate": 0.05, "momentum": 0.7, "weight_decay": 0.1, "clip_norm": clip}
+    params = changed(tiny, optimizer=sgd).train
+    training = loop.begin(params, 4, torch.device("cpu"))
+    images = torch.randint(0, 256, (8, 3, 112, 112), dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+    parameters = [*training.model.parameters(), training.head.weight]
+    memory = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
+    for iteration in (5, 6):  # warmed up
+        before = [parameter.detach().double() for parameter in parameters]
+        model, head = copy.deepcopy(training.model), copy.deepcopy(training.head)
+        head(model(images), labels).loss.backward()
+        gradients = [p.grad.double() for p in (*model.parameters(), head.weight) if p.grad is not None]
+        norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
+        assert norm > 1
+        loop.step(training, params, iteration, images, labels)
+        for i, gradient in enumerate(gradients):
+            shortened = gradient if clip is None else gradient * clip / norm
+            memory[i] = 0.7 * memory[i] + shortened + 0.1 * before[i]
+            moved = parameters[i].detach().double() - before[i]
+            torch.testing.assert_close(moved, -0.05 * memory[i], rtol=1e-4, atol=1e-6)
 
 
 def test_the_batch_in_parts_is_the_batch(shards: Path, tiny: Params) -> None:
