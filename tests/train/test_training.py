@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -527,14 +528,19 @@ def child(tmp_path: Path, tiny: Params) -> Callable[[str, Params], subprocess.Po
         (tmp_path / "params.json").write_text(params.model_dump_json())
         places = [tmp_path / name, tmp_path / f"{name}-state", tmp_path / "params.json"]
         command = [sys.executable, "-c", CHILD, *map(str, places)]
-        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     return start
 
 
-def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
+def newest(folder: Path) -> int:
+    """The iterations that the newest checkpoint has behind it; 0 where there is none."""
+    return max((int(path.stem[-8:]) for path in folder.rglob("iteration-????????.pt")), default=0)
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str], after: int) -> None:
     deadline = time.monotonic() + 60
-    while not list(folder.rglob("iteration-????????.pt")):
+    while newest(folder) <= after:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -542,7 +548,7 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
 
 def long_run(tiny: Params) -> Params:
     quick = tiny.machine.model_copy(update={"checkpoint_minutes": 0.0001})
-    schedule = {"name": "steps", "iterations": 24, "warmup": 2, "milestones": [18], "factor": 0.1}
+    schedule = {"name": "steps", "iterations": 12, "warmup": 2, "milestones": [9], "factor": 0.1}
     silent = tiny.tracking.model_copy(update={"enabled": False})
     return changed(tiny, schedule=schedule).model_copy(update={"machine": quick, "tracking": silent})
 
@@ -550,26 +556,47 @@ def long_run(tiny: Params) -> Params:
 def test_ended_in_any_way_it_goes_on_to_the_same_bits(
     tmp_path: Path, shards: Path, tiny: Params, child: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """Asked to end by SIGTERM and by SIGINT, and killed at random moments, as often as COSFACE_KILLS says."""
+    """Asked to end by SIGTERM; by SIGINT as a terminal sends it, to the processes that make batches, too; and killed:
+    once between checkpoints, then at random moments, as often as COSFACE_KILLS says.
+    """
     params = long_run(tiny)
     assert child("whole", params).wait(120) == 0
     moments = random.Random(int(os.environ.get("COSFACE_KILLS_SEED", "1")))
     state, models = tmp_path / "ended-state", tmp_path / "ended"
-    for number in (signal.SIGTERM, signal.SIGINT):
+
+    process = child("ended", params)
+    wait_for_checkpoint(state, process, after=0)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert "SIGTERM: ended after iteration" in process.communicate()[1]
+    left = newest(state)
+    assert 0 < left < 12
+
+    with_loaders = params.model_copy(update={"machine": params.machine.model_copy(update={"loaders": 2})})
+    process = child("ended", with_loaders)
+    wait_for_checkpoint(state, process, after=left + 1)  # each of the two has made a batch
+    others = psutil.Process(process.pid).children(recursive=True)
+    assert len(others) >= 2
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    deadline = time.monotonic() + 10
+    while any(other.is_running() and other.status() != psutil.STATUS_ZOMBIE for other in others):
+        assert time.monotonic() < deadline, others
+        time.sleep(0.05)
+    assert "SIGINT: ended after iteration" in process.communicate()[1]
+    assert left + 1 < newest(state) < 12
+    assert len(list(state.rglob("iteration-????????.pt"))) <= params.machine.checkpoints_kept
+
+    for number in range(int(os.environ.get("COSFACE_KILLS", "1"))):
         process = child("ended", params)
-        wait_for_checkpoint(state, process)
-        process.send_signal(number)
-        assert process.wait(60) == 128 + number
-        assert f"{number.name}: ended after iteration" in process.communicate()[1]
-        assert len(list(state.rglob("iteration-????????.pt"))) <= params.machine.checkpoints_kept
-        if number == signal.SIGTERM:  # else the next one has a checkpoint before it begins
-            shutil.rmtree(state)
-    for _ in range(int(os.environ.get("COSFACE_KILLS", "1"))):
-        process = child("ended", params)
-        time.sleep(moments.uniform(0, 12))
+        if number == 0:
+            wait_for_checkpoint(state, process, after=newest(state))
+        else:
+            time.sleep(moments.uniform(0, 12))
         process.kill()
         process.wait()
         if (models / "model.json").exists():  # it was done before: the next training is another
+            assert number > 0
             assert files(models) == files(tmp_path / "whole")
             shutil.rmtree(models)
     assert child("ended", params).wait(120) == 0
