@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn.functional import one_hot
 
 from pipeline.params import Params
 from stages import train
-from stages.train import heads, loop
+from stages.train import backbones, heads, loop
 from stages.train.ranks import Ranks
 from tests.conftest import ROOT
 from tests.samples import shard_section, write_shards
@@ -181,7 +182,7 @@ def test_only_sampled_centres_move_with_their_momentum(sampling: Params) -> None
 
 @pytest.fixture
 def tiny(params: Params, tmp_path: Path) -> Params:
-    """A network without batch normalisation, which each process computes over its own images."""
+    """A network without batch normalisation, which each process would compute over its own images."""
     write_shards(tmp_path, [10] * 6, shard_section(validation={"by": "image", "share": 0.1, "pairs": 0}))
     section = params.train.model_dump()
     section |= {"data": str(tmp_path / "shards"), "batch": 12, "log_every": 1, "checkpoint_every": 4}
@@ -196,10 +197,13 @@ def tiny(params: Params, tmp_path: Path) -> Params:
 
 TRAIN_SCRIPT = """
 import logging, os, signal, sys
+from functools import partial
 from pathlib import Path
 from pipeline.params import Params
 from stages import train
-from stages.train import loop
+from stages.train import backbones, loop
+
+backbones.BACKBONES["sphere20"] = partial(backbones.sphere, (0, 0, 0, 0))
 
 params = Params.model_validate_json(Path(sys.argv[3]).read_text())
 ending, rank, at = sys.argv[4], int(os.environ.get("RANK", 0)), 3
@@ -224,7 +228,11 @@ def losses(models: Path) -> list[float]:
     return [float(line.split(",")[1]) for line in (models / "history.csv").read_text().splitlines()[1:]]
 
 
-def test_two_processes_train_as_one_and_lose_nothing(tmp_path: Path, tiny: Params) -> None:
+def test_two_processes_train_as_one_and_lose_nothing(
+    tmp_path: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sphere network without its residual units, to be quick."""
+    monkeypatch.setitem(backbones.BACKBONES, "sphere20", partial(backbones.sphere, (0, 0, 0, 0)))
     script, section = tmp_path / "train.py", tmp_path / "params.json"
     script.write_text(TRAIN_SCRIPT)
     section.write_text(tiny.model_dump_json())
