@@ -49,6 +49,9 @@ RETRY_DELAYS = [10.0, 60.0, 300.0]
 
 
 LOCAL_API = f"http://{HOST}:4200/api"
+STAGE_SECONDS = 320
+"""Between asking a stage to end and ending it: a training may be validating before it writes its checkpoint, for which
+stages/train/launch.py grants 300."""
 """Where `cosface ui` and `prefect server start` put a server, unless told otherwise."""
 
 
@@ -118,7 +121,7 @@ def reproduce(stage: str) -> State[Any]:
     lines: deque[str] = deque(maxlen=LAST_LINES)
     ran = False
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
-    with process_group(command, environment()) as process:
+    with process_group(command, environment(), grace=STAGE_SECONDS) as process:
         assert process.stdout is not None
         for line in filter(None, map(str.rstrip, process.stdout)):
             logger.info("%s", line)
@@ -188,7 +191,7 @@ def serve(cron: str, timezone: str, api: str) -> None:
     """
     command = [sys.executable, "-c", "import sys; from pipeline import flow; flow.serve_here(*sys.argv[1:])"]
     env = environment(PREFECT_API_URL=api)
-    with process_group([*command, cron, timezone], env, output=None, grace=3 * GRACE_SECONDS) as process:
+    with process_group([*command, cron, timezone], env, output=None, grace=STAGE_SECONDS + GRACE_SECONDS) as process:
         code = process.wait()
     raise FlowError(f"serving the schedule ended by itself, with {code}")
 

@@ -1,27 +1,34 @@
 """Child processes that never outlive us, and the MLflow and Prefect servers on loopback."""
 
 import errno
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import httpx
+import psutil
 
 from pipeline.errors import InputError
 from pipeline.tracking import artifacts_root, store_uri
 
+log = logging.getLogger(__name__)
+
 HOST = "127.0.0.1"
 GRACE_SECONDS = 10
-"""Between asking a process group to end and ending it. Prefect allows a cancelled flow 30 seconds."""
+"""Between asking a process group to end and ending it."""
+SILENT_SECONDS = 3
+"""Who has not ended by then is waited for audibly."""
 START_SECONDS = 90
 """A server that has not answered by then is taken for broken."""
 QUIET = {
@@ -70,6 +77,15 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1", **more}
 
 
+_GUARD = """
+read _
+kill -TERM -$1 || exit
+for _ in $(seq ${2}0); do sleep 0.1; kill -0 -$1 || exit; done
+kill -KILL -$1
+"""
+"""Waits for its stdin to be closed, then asks group $1 to end, once, and ends it if it has not after $2 seconds."""
+
+
 @contextmanager
 def process_group(
     command: list[str],
@@ -80,7 +96,9 @@ def process_group(
     """A child in a process group of its own, which ends as a whole when the block ends, however that ends.
 
     Signalling the child alone would leave its children as orphans: `dvc repro` and the stage it runs, for one.
-    A shell that waits for us to disappear ends the group even where we are killed without a chance to.
+    A shell ends the group, because it does so even where we are killed without a chance to. It asks once, by SIGTERM,
+    for some take a second time for an order to drop everything. Groups that were begun in the same way further below
+    are waited for too. Ctrl-C while we wait ends everything at once.
 
     Args:
         command: program and arguments.
@@ -88,41 +106,80 @@ def process_group(
         output: where stdout and stderr go: a pipe, a file, or (None) where our stdout goes.
         grace: seconds between asking the group to end and ending it.
     """
-    with subprocess.Popen(
-        command,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        process_group=0,
-    ) as process:
-        guard = subprocess.Popen(
-            ["sh", "-c", f"read _; kill -TERM -{process.pid}; sleep {grace}; kill -KILL -{process.pid}"],
-            stdin=subprocess.PIPE,  # closed by the system when we are gone, whereupon `read` ends
+    with (
+        subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            process_group=0,
+        ) as process,
+        subprocess.Popen(
+            ["sh", "-c", _GUARD, "guard", str(process.pid), str(grace)],
+            stdin=subprocess.PIPE,  # closed by the system when we are gone
             stderr=subprocess.DEVNULL,
             process_group=0,
-        )
+        ) as guard,
+    ):
         try:
             yield process
         finally:
-            _end_group(process, grace)
-            guard.kill()
-            guard.communicate()
+            with _sigterm_deferred():
+                _end_group(process, guard, grace)
 
 
-def _end_group(process: subprocess.Popen[str], grace: int) -> None:
-    deadline = time.monotonic() + grace
+def _end_group(process: subprocess.Popen[str], guard: subprocess.Popen[bytes], grace: int) -> None:
+    below = _descendants(process.pid)
+    assert guard.stdin is not None
+    guard.stdin.close()
+    begun, said = time.monotonic(), False
     try:
-        os.killpg(process.pid, signal.SIGTERM)
-        while time.monotonic() < deadline:
+        while guard.poll() is None or (time.monotonic() < begun + grace and any(map(_runs, below))):
             process.poll()  # reaps the child, which would count as alive otherwise
-            os.killpg(process.pid, 0)
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # nobody is left
+            if not said and time.monotonic() > begun + SILENT_SECONDS:
+                log.warning("waiting, %d s at most, for what runs here to end; Ctrl-C ends it at once", grace)
+                said = True
+    finally:
+        guard.kill()
+        with suppress(ProcessLookupError, PermissionError):  # nobody is left; of zombies macOS says the latter
+            os.killpg(process.pid, signal.SIGKILL)
+        for each in below + _descendants(process.pid):
+            with suppress(psutil.Error):
+                each.kill()
+
+
+@contextmanager
+def _sigterm_deferred() -> Iterator[None]:
+    """Let SIGTERM wait for the end of the block: whoever asks us to end may ask more than once."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if came:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 @contextmanager

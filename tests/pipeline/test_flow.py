@@ -19,6 +19,7 @@ from pipeline import flow, servers
 from pipeline.cli import RECIPES
 from pipeline.flow import FlowError
 from pipeline.params import load_params
+from stages.train import launch
 
 GRAPH = """\
 stages:
@@ -168,6 +169,10 @@ def test_nothing_outlives_a_flow_that_is_ended(project: Path, api: str) -> None:
     process.terminate()
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert_gone(group)
+
+
+def test_a_training_may_take_all_the_time_to_end_that_it_is_granted() -> None:
+    assert flow.STAGE_SECONDS > launch._PATIENCE
 
 
 def test_nothing_outlives_a_process_that_is_killed(tmp_path: Path) -> None:
