@@ -108,6 +108,7 @@ def schedule(
     load_params()
     flow.stages(Path.cwd())
     with suppress(KeyboardInterrupt), ExitStack() as stack:
+        stack.enter_context(flow.only_schedule(Path.cwd()))
         if start_server:
             api = stack.enter_context(servers.prefect_server(prefect_port)).address + "/api"
         else:
@@ -117,7 +118,8 @@ def schedule(
                 "no Prefect server answers, and a schedule needs one: start it by `cosface ui` or "
                 "`prefect server start`, or give --start-server"
             )
-        print(f"retraining by {cron!r} ({timezone}); {api.removesuffix('/api')} shows it; Ctrl-C ends it", flush=True)
+        where = f"{api.removesuffix('/api')} shows it as retrain/{flow.deployment(Path.cwd())}"
+        print(f"retraining by {cron!r} ({timezone}); {where}; Ctrl-C ends it", flush=True)
         flow.serve(cron, timezone, api)
 
 

@@ -5,13 +5,19 @@ when, shows what happens, and tries again what the network may have spoilt.
 """
 
 import asyncio
+import hashlib
 import os
+import re
 import sys
 from collections import deque
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
+
+import filelock
+import httpx
 
 from pipeline.errors import InputError
 from pipeline.params import Absent, Params, Synthetic, is_remote, load_params
@@ -33,7 +39,9 @@ for _name, _value in QUIET.items():
 
 from prefect import Task, flow  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.events.worker import EventsWorker  # noqa: E402
+from prefect.exceptions import PrefectException  # noqa: E402
 from prefect.logging import get_run_logger  # noqa: E402
 from prefect.logging.handlers import APILogWorker  # noqa: E402
 from prefect.schedules import Cron  # noqa: E402
@@ -44,14 +52,14 @@ from prefect.types.entrypoint import EntrypointType  # noqa: E402
 
 LAST_LINES = 20
 """Lines of DVC's output that a failure's message repeats."""
-RETRY_DELAYS = [10.0, 60.0, 300.0]
-"""Seconds before each new attempt at a download."""
-
-
-LOCAL_API = f"http://{HOST}:4200/api"
 STAGE_SECONDS = 320
 """Between asking a stage to end and ending it: a training may be validating before it writes its checkpoint, for which
 stages/train/launch.py grants 300."""
+RETRY_DELAYS = [10.0, 60.0, 300.0]
+"""Seconds before each new attempt at a download."""
+LOCK = ".schedule.lock"
+"""The file in a project that its schedule holds."""
+LOCAL_API = f"http://{HOST}:4200/api"
 """Where `cosface ui` and `prefect server start` put a server, unless told otherwise."""
 
 
@@ -87,7 +95,9 @@ def stages(root: Path) -> dict[str, list[str]]:
             names = [stage.addressing for stage in repo.index.stages if stage.cmd]
             below = {stage.addressing: {other.addressing for other in graph.successors(stage)} for stage in graph}
     except DvcException as error:
-        raise FlowError(f"{root}: {error}") from error
+        no_git = "is not a git repository" in str(error)
+        hint = "; DVC needs one: run `git init` there, or `dvc config core.no_scm true`" if no_git else ""
+        raise FlowError(f"{root}: {error}{hint}") from error
     if not names:
         raise FlowError(f"{root}: no dvc.yaml with stages; run this in the project's folder")
     upstream = {name: [other for other in names if other in below[name]] for name in names}
@@ -181,6 +191,33 @@ def check_schedule(cron: str, timezone: str) -> None:
         raise problem from error
 
 
+def deployment(project: Path) -> str:
+    """What a project's schedule is called on a Prefect server, which may have those of other projects too."""
+    path = project.resolve()
+    name = re.sub(r"[^\w.-]", "_", path.name)  # Prefect admits no slashes, per cent signs and the like
+    return f"{name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
+@contextmanager
+def only_schedule(project: Path) -> Iterator[None]:
+    """Hold the project's schedule for as long as the block lasts.
+
+    Raises:
+        FlowError: another process holds it.
+    """
+    lock = filelock.FileLock(project / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise FlowError(
+            f"{project}: another `cosface schedule` runs here; end it first, for a project has one schedule"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def serve(cron: str, timezone: str, api: str) -> None:
     """Register the schedule with a Prefect server, and run what it calls for, one at a time, until interrupted.
 
@@ -191,15 +228,29 @@ def serve(cron: str, timezone: str, api: str) -> None:
     """
     command = [sys.executable, "-c", "import sys; from pipeline import flow; flow.serve_here(*sys.argv[1:])"]
     env = environment(PREFECT_API_URL=api)
-    with process_group([*command, cron, timezone], env, output=None, grace=STAGE_SECONDS + GRACE_SECONDS) as process:
-        code = process.wait()
+    grace = STAGE_SECONDS + GRACE_SECONDS
+    try:
+        with process_group([*command, cron, timezone], env, output=None, grace=grace) as process:
+            code = process.wait()
+    finally:
+        _pause(api)
     raise FlowError(f"serving the schedule ended by itself, with {code}")
+
+
+def _pause(api: str) -> None:
+    """Pause the project's schedule, or runs that nobody runs would pile up; Prefect does so only where no flow runs."""
+    with (
+        suppress(PrefectException, httpx.HTTPError),  # the server is gone, or the schedule has never got there
+        temporary_settings({PREFECT_API_URL: api}),
+        get_client(sync_client=True) as client,
+    ):
+        client.pause_deployment(client.read_deployment_by_name(f"retrain/{deployment(Path.cwd())}").id)
 
 
 def serve_here(cron: str, timezone: str) -> None:
     """Serve the schedule in this process, for the configured server."""
     retrain.serve(
-        name="retrain",
+        name=deployment(Path.cwd()),
         schedule=Cron(cron, timezone=timezone),
         limit=1,  # two at once would wait for each other's DVC locks
         print_starting_message=False,

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,17 @@ import httpx
 import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId, TaskRunFilter, TaskRunFilterFlowRunId
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+    TaskRunFilter,
+    TaskRunFilterFlowRunId,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from pipeline import flow, servers
@@ -131,6 +141,14 @@ def test_a_folder_without_a_graph_is_named(tmp_path: Path) -> None:
         flow.stages(tmp_path)
 
 
+def test_a_project_that_has_lost_its_repository_is_told_the_remedy(project: Path) -> None:
+    shutil.rmtree(project / ".git")
+    with pytest.raises(FlowError, match=r"is not a git repository; DVC needs one: run `git init` there"):
+        flow.stages(project)
+    subprocess.run(["git", "init", "-q"], check=True)
+    assert flow.stages(project)
+
+
 def test_only_what_changed_runs_and_the_rest_shows_as_cached(project: Path, client: SyncPrefectClient) -> None:
     name, message, tasks, log = run(client)
     assert (name, message) == ("Completed", "4 stages ran, 0 were cached")
@@ -194,8 +212,8 @@ def assert_gone(processes: list[psutil.Process]) -> None:
     assert [left for left in alive if left.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def wait_for_text(path: Path) -> str:
-    deadline = time.monotonic() + 60
+def wait_for_text(path: Path, seconds: float = 60) -> str:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if path.exists() and path.read_text().strip():
             return path.read_text()
@@ -221,6 +239,74 @@ def test_schedules_are_checked() -> None:
     ):
         with pytest.raises(FlowError, match="not a schedule"):
             flow.check_schedule(cron, timezone)
+
+
+def test_each_project_has_a_schedule_of_its_own(tmp_path: Path) -> None:
+    for name in ("a/faces", "b/faces", "b/50 % <new>"):
+        (tmp_path / name).mkdir(parents=True)
+    names = [flow.deployment(tmp_path / name) for name in ("a/faces", "b/faces", "b/50 % <new>", "b/../a/faces")]
+    assert [name.rpartition("-")[0] for name in names] == ["faces", "faces", "50____new_", "faces"]
+    assert len(set(names)) == 3
+    assert names[0] == names[3]
+
+
+def serving(project: Path, api: str) -> subprocess.Popen[str]:
+    """`cosface schedule` in a project, every minute by Berlin's time."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "schedule", "--cron", "* * * * *", "--timezone", "Europe/Berlin"],
+        cwd=project,
+        env={**os.environ, "PREFECT_API_URL": api},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_schedule_calls_for_runs_which_are_run_until_it_ends(
+    project: Path, api: str, client: SyncPrefectClient
+) -> None:
+    name = f"retrain/{flow.deployment(project)}"
+    process = serving(project, api)
+    try:
+        assert process.stdout is not None
+        assert name in process.stdout.readline()
+        second = serving(project, api)
+        said, _ = second.communicate(timeout=60)
+        assert second.returncode == 1
+        assert f"{project}: another `cosface schedule` runs here; end it first" in said
+
+        runs = wait_for(lambda: scheduled(client, name))
+        (schedule,) = client.read_deployment_by_name(name).schedules
+        assert isinstance(schedule.schedule, CronSchedule)
+        assert (schedule.schedule.cron, schedule.schedule.timezone) == ("* * * * *", "Europe/Berlin")
+        assert schedule.active
+        assert runs[0].state_type == StateType.SCHEDULED
+        assert wait_for_text(project / "report", seconds=180) == sys.prefix
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=90)
+    assert process.returncode == 0
+    assert client.read_deployment_by_name(name).paused
+    with flow.only_schedule(project):  # free again
+        pass
+
+
+def scheduled(client: SyncPrefectClient, name: str) -> list[FlowRun]:
+    """The runs that the schedule of a deployment calls for; none while there is no such deployment."""
+    try:
+        deployment = client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        return []
+    of_it = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
+    return client.read_flow_runs(deployment_filter=of_it)
+
+
+def wait_for(look: Callable[[], list[FlowRun]], seconds: float = 60) -> list[FlowRun]:
+    deadline = time.monotonic() + seconds
+    while not (found := look()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert found
+    return found
 
 
 def test_the_ui_shows_both_until_it_is_ended(ui: Ui) -> None:
