@@ -103,10 +103,21 @@ def local_path(location: str) -> Path:
 
 
 def shown(address: str) -> str:
-    """An address as messages and records may have it: without user, password, and the query that may sign it."""
-    if "://" not in address:
+    """An address as messages and records may have it: without user, password, and the query that may sign it.
+
+    In doubt something too much is left out. A password may contain anything in a database's address; elsewhere what
+    precedes the first slash may be a host and port, and an `@` after it part of the path.
+    """
+    scheme, separator, rest = address.partition("://")
+    if not separator:
         return address
-    return re.sub(r"://[^/]*@", "://", address.partition("?")[0])
+    web = scheme.lower() in ("http", "https")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    if web and "@" in authority:
+        rest = authority.rpartition("@")[2] + rest.removeprefix(authority)
+    elif not re.fullmatch(r"(\[.*\]|[^:@]*)" + (r"(:\d*)?" if web else ""), authority):
+        rest = rest.rpartition("@")[2]
+    return f"{scheme}://{rest.partition('?')[0]}"
 
 
 class Download(Section):
@@ -673,9 +684,9 @@ def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 def without_secrets(text: str, section: BaseModel) -> str:
     """A text that repeats values of a section, such as params.yaml or dvc.lock, with its addresses as `shown`."""
-    for _, value in _leaves(section.model_dump(mode="json"), ""):
-        if isinstance(value, str):
-            text = text.replace(value, shown(value))
+    values = {value for _, value in _leaves(section.model_dump(mode="json"), "") if isinstance(value, str)}
+    for value in sorted(values, key=len, reverse=True):  # one may begin with another
+        text = text.replace(value, shown(value))
     return text
 
 

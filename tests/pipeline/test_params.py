@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import ruamel.yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.params import ParamsError, flatten, load_params, shown, without_secrets
 
@@ -38,6 +40,13 @@ def test_flatten_gives_every_value_by_its_dotted_name() -> None:
         ("https://me:secret@host:80/a@b.zip?X-Signature=s&b=/", "https://host:80/a@b.zip"),
         ("postgresql://me:s@cret@host/runs", "postgresql://host/runs"),
         ("sqlite:////work/mlflow.db", "sqlite:////work/mlflow.db"),
+        ("mysql+pymysql://me:a/b?c#d@host:3306/runs?charset=utf8", "mysql+pymysql://host:3306/runs"),
+        ("postgresql://me@host:5432/runs", "postgresql://host:5432/runs"),
+        ("postgresql://host/runs?password=secret", "postgresql://host/runs"),
+        ("http://me:a/b@host:5000", "http://host:5000"),
+        ("http://[::1]:5000/a@b.zip", "http://[::1]:5000/a@b.zip"),
+        ("https://host:80/a@b.zip?mail=me@home", "https://host:80/a@b.zip"),
+        ("s3://bucket/faces@2/shards", "s3://bucket/faces@2/shards"),
         ("../faces/me@home?.zip", "../faces/me@home?.zip"),
     ],
 )
@@ -45,10 +54,25 @@ def test_addresses_are_shown_without_secrets(address: str, expected: str) -> Non
     assert shown(address) == expected
 
 
+@given(password=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_no_password_of_a_database_is_shown(password: str) -> None:
+    assert shown(f"postgresql+psycopg2://me:{password}@host:5432/runs") == "postgresql+psycopg2://host:5432/runs"
+    assert shown(f"postgresql://me:{password}@host/runs?sslmode=require") == "postgresql://host/runs"
+
+
+def test_an_address_that_another_begins_with_gives_nothing_away(tmp_path: Path) -> None:
+    content = default()
+    local = ["stages/download", "stages/download"]
+    short, long = "https://host/lfw.tgz?key=SEC", "https://host/lfw.tgz?key=SECRET"
+    content["download"]["lfw"] = archive(short, long, local)
+    params = load(tmp_path, content)
+    assert without_secrets(f"{short} {long}", params) == "https://host/lfw.tgz https://host/lfw.tgz"
+
+
 def test_secrets_of_addresses_are_not_recorded(tmp_path: Path) -> None:
     content = default()
     local = ["stages/download", "stages/download"]
-    content["download"]["lfw"] = given("https://host/lfw.tgz?key=SECRET", "https://me:SECRET@host/pairs.txt", local)
+    content["download"]["lfw"] = archive("https://host/lfw.tgz?key=SECRET", "https://me:SECRET@host/pairs.txt", local)
     params = load(tmp_path, content)
     assert flatten(params)["download.lfw.location"] == "https://host/lfw.tgz"
     assert flatten(params)["download.lfw.pairs"] == "https://host/pairs.txt"
@@ -133,7 +157,7 @@ def test_every_key_is_required(tmp_path: Path, key: tuple[str, ...]) -> None:
         load(tmp_path, content)
 
 
-def given(location: str, pairs: str | None, watch: list[str]) -> dict[str, Any]:
+def archive(location: str, pairs: str | None, watch: list[str]) -> dict[str, Any]:
     common = {"source": "archive", "location": location, "sha256": None, "pairs": pairs, "pairs_sha256": None}
     return common | {"watch": watch}
 
@@ -148,7 +172,7 @@ def given(location: str, pairs: str | None, watch: list[str]) -> dict[str, Any]:
 )
 def test_watch_must_name_what_is_local(tmp_path: Path, location: str, pairs: str, watch: list[str]) -> None:
     content = default()
-    content["download"]["lfw"] = given(location, pairs, watch)
+    content["download"]["lfw"] = archive(location, pairs, watch)
     assert load(tmp_path, content).download.lfw.watch == watch
     content["download"]["lfw"]["watch"] = ["stages/download", "stages/download"][: len(watch)]
     with pytest.raises(ParamsError, match=r"lfw\.watch: must name what lies on this machine"):
@@ -157,7 +181,7 @@ def test_watch_must_name_what_is_local(tmp_path: Path, location: str, pairs: str
 
 def test_an_evaluation_set_needs_its_pairs(tmp_path: Path) -> None:
     content = default()
-    content["download"]["lfw"] = given("a.zip", None, ["a.zip", "stages/download"])
+    content["download"]["lfw"] = archive("a.zip", None, ["a.zip", "stages/download"])
     with pytest.raises(ParamsError, match=r"lfw\.pairs: the path or address of the pair list"):
         load(tmp_path, content)
 
