@@ -8,6 +8,7 @@ training's run by the content of the model (tag `model.sha256`).
 import hashlib
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import httpx
 
 from pipeline.errors import InputError
 from pipeline.params import Params, flatten, shown, without_secrets
@@ -35,10 +34,16 @@ log = logging.getLogger(__name__)
 MODEL_TAG = "model.sha256"
 RECORDED = ("download", "align", "shard", "train", "evaluate", "audit")
 """Sections of params.yaml that decide what comes out."""
+JUDGING = ("evaluate", "audit")
+"""Those of them that an evaluation reads."""
 FLUSH_SECONDS = 5
 """Metrics wait at most about this long in memory before they are sent, many at a time."""
 PATIENCE_SECONDS = 60
 """Between attempts where the store does not answer: each one holds the training up for seconds."""
+ANSWER_SECONDS = 10
+"""How long a server may take to answer before it counts as one that does not."""
+UPLOAD_SECONDS = 120
+"""The same where it was sent a file, which it may have to pass on."""
 BATCH = 100
 """Most parameters, and safely less than the most metrics, that MLflow takes in one call."""
 
@@ -86,8 +91,8 @@ class NoRun:
 class Run(NoRun):
     """A run in MLflow.
 
-    A store that stops answering once the run has begun costs the record, never the training: it is warned of, and
-    metrics are kept to be sent later.
+    A store that fails once the run has begun costs the record, never the training: it is warned of, and metrics are
+    kept to be sent later.
     """
 
     def __init__(self, client: "MlflowClient", run: "MlflowRun") -> None:
@@ -113,13 +118,13 @@ class Run(NoRun):
     def log_figure(self, path: Path, artifact_name: str) -> None:
         """Record a picture under a name such as `lfw/roc.png`, below `figures/`."""
         target = Path("figures") / artifact_name
-        with self._forgiving(artifact_name), tempfile.TemporaryDirectory() as folder:
+        with self._forgiving(artifact_name, UPLOAD_SECONDS), tempfile.TemporaryDirectory() as folder:
             copy = shutil.copyfile(path, Path(folder) / target.name)
             self._client.log_artifact(self.id, str(copy), target.parent.as_posix())
 
     def log_artifact(self, path: Path, folder: str) -> None:
         """Record a file in a folder of the run's artifacts."""
-        with self._forgiving(path.name):
+        with self._forgiving(path.name, UPLOAD_SECONDS):
             self._client.log_artifact(self.id, str(path), folder)
 
     def log_model(self, models: Path) -> None:
@@ -127,7 +132,7 @@ class Run(NoRun):
 
         The latter is a torch.export archive without pickles: N×3×112×112 uint8 → N×D float32, any N.
         """
-        with self._forgiving("the model"):
+        with self._forgiving("the model", UPLOAD_SECONDS):
             self._client.log_artifacts(self.id, str(models), "models")
             self._model = _log_exported_model(self.id, self._experiment, models)
 
@@ -135,6 +140,24 @@ class Run(NoRun):
         """Label the run."""
         with self._forgiving(key):
             self._client.set_tag(self.id, key, value)
+
+    def tag_evaluation(self, recorded: dict[str, str], tags: dict[str, str], params: Params) -> None:
+        """Label the run with what an evaluation of its model is made by.
+
+        Args:
+            recorded: the parameters that the run has.
+            tags: the tags that it has; those that an earlier evaluation left and that hold no more are removed.
+            params: what this evaluation is made by.
+        """
+        values = {key: str(value) for section in JUDGING for key, value in _flat(params, section).items()}
+        wanted = {key: value for key, value in values.items() if recorded.get(key) != value}
+        wanted |= {f"evaluated.{key}": value for key, value in _origin().items() if not key.startswith("mlflow.")}
+        with self._forgiving("what the evaluation is made by"):
+            for key in (values.keys() & tags.keys()) - wanted.keys():
+                self._client.delete_tag(self.id, key)
+            for key, value in wanted.items():
+                if tags.get(key) != value:
+                    self._client.set_tag(self.id, key, value)
 
     def close(self, status: str) -> None:
         """Send what waits and end the run as FINISHED, FAILED or KILLED."""
@@ -152,12 +175,12 @@ class Run(NoRun):
             self._flush_at = time.monotonic() + FLUSH_SECONDS
 
     @contextmanager
-    def _forgiving(self, what: str) -> Iterator[None]:
-        from mlflow.exceptions import MlflowException
-
+    def _forgiving(self, what: str, seconds: int = ANSWER_SECONDS) -> Iterator[None]:
+        """Warn of whatever goes wrong: beside MLflow, stores of artifacts fail in ways of their own."""
         try:
-            yield
-        except MlflowException as error:
+            with _answered_within(seconds):
+                yield
+        except Exception as error:
             log.warning("MLflow at %s did not record %s: %s", shown(store_uri()), what, _said(error))
 
 
@@ -193,6 +216,9 @@ def training_run(params: Params, *, lineage: dict[str, str], resume_id: str | No
 def training_run_of(models: Path, params: Params) -> Iterator[NoRun]:
     """The run that trained the model in `models`, for its evaluation to record into.
 
+    Metrics of an earlier evaluation are written over. Parameters cannot be, and so those by which this one differs from
+    what the run has recorded become tags of the same names (`evaluate.flip`); tags `evaluated.*` say by which commit.
+
     Where no run trained it (tracking was off, or it came from a cache filled elsewhere), one is begun for it.
 
     Raises:
@@ -212,6 +238,7 @@ def training_run_of(models: Path, params: Params) -> Iterator[NoRun]:
             run.log_model(models)
             yield run
         return
+    run.tag_evaluation(found.data.params, found.data.tags, params)
     try:
         yield run
     finally:
@@ -228,7 +255,7 @@ def connect(params: Params) -> tuple["MlflowClient", str]:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         kind = {"mlflow.experimentKind": "custom_model_development"}  # or the UI takes it for a chat application
-        return client, client.create_experiment(name, None if _served() else artifacts_root().as_uri(), tags=kind)
+        return client, client.create_experiment(name, None if served() else artifacts_root().as_uri(), tags=kind)
     if experiment.lifecycle_stage == "deleted":
         raise TrackingError(
             f"tracking.experiment: {name!r} was deleted in MLflow; restore it there or take another name"
@@ -243,12 +270,17 @@ def store_client() -> "MlflowClient":
         TrackingError: it is a server, and does not answer.
     """
     uri = store_uri()
-    if _served():
+    if served():
+        import requests  # as MLflow does, with the certificates that it takes
+
+        trusted = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH")
+        insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
+        mine = os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH")
         try:
-            httpx.get(uri, timeout=10)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            requests.get(uri, timeout=ANSWER_SECONDS, verify=trusted or not insecure, cert=mine)
+        except OSError as error:  # which those of requests are
             raise TrackingError(
-                f"MLFLOW_TRACKING_URI={shown(uri)}: no answer ({error}); start that server, unset the variable, "
+                f"MLFLOW_TRACKING_URI={shown(uri)}: no answer ({_said(error)}); start that server, unset the variable, "
                 "or set tracking.enabled: false in params.yaml"
             ) from error
     return _client(uri)
@@ -270,7 +302,8 @@ def need_store(what: str) -> None:
         raise TrackingError(f"{what}: there is no MLflow store {shown(store_uri())} (MLFLOW_TRACKING_URI)")
 
 
-def _served() -> bool:
+def served() -> bool:
+    """Whether the store is behind a server, rather than a file or a database."""
     return store_uri().startswith(("http://", "https://"))
 
 
@@ -331,39 +364,67 @@ def _client(uri: str) -> "MlflowClient":
 
 
 @contextmanager
+def _answered_within(seconds: int) -> Iterator[None]:
+    """Have MLflow wait so long for each answer of a server, unless MLFLOW_HTTP_REQUEST_TIMEOUT says how long."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(seconds)
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+@contextmanager
 def store_errors() -> Iterator[None]:
-    """MLflow's errors as ours, with the store named."""
+    """What MLflow, its stores and the system fail with, and modules that a store needs and lacks, as our errors.
+
+    The message names the store. What is a defect of ours stays what it is.
+    """
     try:
         yield
     except Exception as error:
-        if type(error).__module__.startswith("mlflow."):
-            raise TrackingError(f"MLflow store {shown(store_uri())} (MLFLOW_TRACKING_URI): {_said(error)}") from error
-        raise
+        ours = type(error).__module__.partition(".")[0] in ("builtins", "pipeline", "stages")
+        if ours and not isinstance(error, OSError | ImportError):
+            raise
+        raise TrackingError(f"MLflow store {shown(store_uri())} (MLFLOW_TRACKING_URI): {_said(error)}") from error
 
 
 def _said(error: Exception) -> str:
-    """MLflow's message, which may repeat the store's address."""
-    return str(error).replace(store_uri(), shown(store_uri()))
+    """What an error says, which may repeat addresses of stores and requests to them, without what is secret there."""
+    text = str(error).replace(store_uri(), shown(store_uri())) or type(error).__name__
+    text = re.sub(r"\w[\w+.-]*://\S+", lambda found: shown(found[0]), text)
+    return re.sub(r"\?\S*=\S*", "", text)
 
 
 def _begin(client: "MlflowClient", experiment: str, params: Params, tags: dict[str, str]) -> Run:
-    from mlflow.entities import Param
-
     train = params.train
     name = f"{train.backbone.name}, {train.head.summary}"
-    run = client.create_run(experiment, tags=_origin() | tags, run_name=name)
-    values = [
-        Param(key, str(value))
-        for section in RECORDED
-        for key, value in flatten(getattr(params, section), section).items()
-    ]
+    run = Run(client, client.create_run(experiment, tags=_origin() | tags, run_name=name))
+    try:
+        _describe(client, run.id, params)
+    except BaseException:
+        run.close("FAILED")
+        raise
+    return run
+
+
+def _describe(client: "MlflowClient", run_id: str, params: Params) -> None:
+    """Record all that decides what comes out: parameters, and the files that say it whole."""
+    from mlflow.entities import Param
+
+    values = [Param(key, str(value)) for section in RECORDED for key, value in _flat(params, section).items()]
     for start in range(0, len(values), BATCH):
-        client.log_batch(run.info.run_id, params=values[start : start + BATCH])
+        client.log_batch(run_id, params=values[start : start + BATCH])
     for file in ("dvc.lock", "params.yaml"):
         if Path(file).exists():
-            text = without_secrets(Path(file).read_text(encoding="utf-8"), params)
-            client.log_text(run.info.run_id, text, file)
-    return Run(client, run)
+            client.log_text(run_id, without_secrets(Path(file).read_text(encoding="utf-8"), params), file)
+
+
+def _flat(params: Params, section: str) -> dict[str, Any]:
+    return flatten(getattr(params, section), section)
 
 
 def _continue(client: "MlflowClient", run_id: str) -> Run | None:

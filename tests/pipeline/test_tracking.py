@@ -1,15 +1,30 @@
 import hashlib
+import os
 import shutil
 import signal
+import ssl
 import subprocess
-from collections.abc import Iterator
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import psutil
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from torch import nn
@@ -379,6 +394,163 @@ def test_training_outlives_its_tracking_server(
     run.close("FINISHED")
     for what in ("colour", "metrics", "the end of the run"):
         assert f"did not record {what}: " in caplog.text
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    """An MLflow server as far as it refuses everything, at an address with a password."""
+    with answering(lambda handler: handler.send_error(507, "Insufficient Storage")) as address:
+        yield address.replace("://", "://me:SECRET@")
+
+
+@contextmanager
+def answering(answer: Callable[[BaseHTTPRequestHandler], None], certificate: Path | None = None) -> Iterator[str]:
+    """A server on loopback that answers anything alike; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self)
+
+        do_POST = do_PUT = do_PATCH = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"{'http' if certificate is None else 'https'}://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def run_with_artifacts_at(where: str, tracked: Params) -> tracking.Run:
+    """A run whose record is in the store of the project, but whose files are to go elsewhere."""
+    client = MlflowClient(tracking.store_uri())
+    experiment = client.create_experiment(tracked.tracking.experiment, where)
+    return tracking.Run(client, client.create_run(experiment))
+
+
+@pytest.mark.parametrize("kind", ["a server that refuses", "a file in the way", "a module that is missing"])
+def test_training_outlives_a_store_that_takes_no_files(
+    project: Path,
+    tracked: Params,
+    models: Path,
+    refusing: str,
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setitem(sys.modules, "boto3", None)  # as where it is not installed
+    where, problem = {
+        "a server that refuses": (f"{refusing}/api/2.0/mlflow-artifacts/artifacts", "507"),
+        "a file in the way": ((tmp_path / "file" / "artifacts").as_uri(), "Not a directory"),
+        "a module that is missing": ("s3://bucket/runs", "boto3"),
+    }[kind]
+    run = run_with_artifacts_at(where, tracked)
+    run.log_artifact(models / "model.json", "lfw")
+    run.log_figure(models / "model.json", "lfw/roc.png")
+    run.log_model(models)
+    run.log_metrics({"lfw/accuracy": 0.9})
+    run.close("FINISHED")
+    for what in ("model.json", "lfw/roc.png", "the model"):
+        assert any(f"did not record {what}: " in line and problem in line for line in caplog.messages), caplog.text
+    assert "SECRET" not in caplog.text
+    (found,) = recorded(project, tracked)
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"lfw/accuracy": 0.9})
+
+
+def test_a_run_that_cannot_begin_does_not_stay_open(
+    project: Path, tracked: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    MlflowClient(tracking.store_uri()).create_experiment(tracked.tracking.experiment, "s3://bucket/runs")
+    with pytest.raises(TrackingError, match=r"MLflow store sqlite:.*boto3"), training_run(tracked, lineage={}):
+        pass
+    assert [run.info.status for run in recorded(project, tracked)] == ["FAILED"]
+
+
+def test_a_server_that_hangs_holds_training_up_for_seconds_only(
+    project: Path, tracked: Params, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    with training_run(tracked, lineage={}):
+        pass
+    over = threading.Event()
+    with answering(lambda _: over.wait(60) and None) as address:
+        run = tracking.Run(MlflowClient(address), recorded(project, tracked)[0])
+        run.log_metrics({"train/loss": 2.0}, step=1)
+        begun = time.monotonic()
+        run.flush()
+        over.set()
+    assert time.monotonic() - begun < 30
+    assert "did not record metrics: " in caplog.text
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+
+
+def test_an_evaluation_by_other_parameters_says_so(project: Path, tracked: Params, models: Path) -> None:
+    with training_run(tracked, lineage={}) as run:
+        run.set_tag("model.sha256", tracking.model_digest(models))
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    before = set(recorded(project, tracked)[0].data.tags)
+    other = tracked.model_copy(
+        update={
+            "evaluate": tracked.evaluate.model_copy(update={"flip": "none", "centre": not tracked.evaluate.centre}),
+            "audit": tracked.audit.model_copy(update={"overlap": 0.25}),
+        }
+    )
+    same: dict[str, str] = {}
+    changed = {"evaluate.flip": "none", "evaluate.centre": str(other.evaluate.centre), "audit.overlap": "0.25"}
+    for params, expected in ((tracked, same), (other, changed), (tracked, same)):
+        with training_run_of(models, params) as evaluation:
+            evaluation.log_metrics({"lfw/accuracy": 0.9})
+        (found,) = recorded(project, tracked)
+        tags = {key: value for key, value in found.data.tags.items() if key not in before}
+        assert tags.pop("evaluated.git.commit") == head
+        assert tags.pop("evaluated.git.dirty") == "false"
+        assert tags.pop("evaluated.dvc.lock") == found.data.tags["dvc.lock"]
+        assert tags == expected
+        assert found.data.params["evaluate.flip"] == tracked.evaluate.flip
+
+
+def certificate(folder: Path) -> Path:
+    """A key and a certificate for loopback that nobody has signed but itself."""
+    key = rsa.generate_private_key(65537, 2048)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    signed = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
+    path = folder / "server.pem"
+    path.write_bytes(secret + signed.public_bytes(Encoding.PEM))
+    return path
+
+
+def test_a_server_is_trusted_as_mlflow_trusts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = certificate(tmp_path)
+    names = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "MLFLOW_TRACKING_INSECURE_TLS")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    with answering(lambda handler: handler.send_error(404), path) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with pytest.raises(TrackingError, match=r"no answer .*CERTIFICATE_VERIFY_FAILED"):
+            tracking.store_client()
+        for name, value in zip(names, (str(path), str(path), "true"), strict=True):
+            with monkeypatch.context() as patched:
+                patched.setenv(name, value)
+                tracking.store_client()
+        monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(tmp_path / "nosuch.pem"))
+        with pytest.raises(TrackingError, match=r"no answer .*nosuch\.pem"):
+            tracking.store_client()
 
 
 def test_what_an_evaluation_left_is_had_back(project: Path, tracked: Params, tmp_path: Path) -> None:
