@@ -29,6 +29,7 @@ from pipeline.servers import (
     answers,
     environment,
     free_port,
+    not_by_proxy,
     prefect_answers,
     prefect_server,
     process_group,
@@ -36,6 +37,7 @@ from pipeline.servers import (
 
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)  # read by Prefect when it is imported
+os.environ.update(not_by_proxy())
 
 from prefect import Task, flow  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402

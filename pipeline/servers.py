@@ -74,7 +74,16 @@ def environment(**more: str) -> dict[str, str]:
     DVC runs whichever `python` comes first on PATH, so that must be the one that has everything installed.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1", **more}
+    return {**os.environ, **QUIET, **not_by_proxy(), "PATH": path, "PYTHONUNBUFFERED": "1", **more}
+
+
+def not_by_proxy() -> dict[str, str]:
+    """Variables by which no proxy is asked for what is on loopback, where it could not get; the rest is as it was."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [host.strip() for host in given.split(",") if host.strip()]
+    if "*" not in hosts:
+        hosts += [host for host in (HOST, "localhost") if host not in hosts]
+    return dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(hosts))
 
 
 _GUARD = """
@@ -232,7 +241,7 @@ def _server(name: str, command: list[str], env: dict[str, str], port: int, healt
 
 def _healthy(address: str) -> bool:
     try:
-        return httpx.get(address, timeout=5).is_success
+        return httpx.get(address, timeout=5, trust_env=False).is_success
     except httpx.HTTPError:
         return False
 
@@ -254,9 +263,9 @@ def answers(address: str) -> bool:
 
 
 def prefect_answers(api: str) -> bool:
-    """Whether it is a Prefect server that answers at an API's address, and not something else on that port."""
+    """Whether it is a Prefect server that answers at an API's address on loopback, and not something else there."""
     try:
-        response = httpx.get(f"{api}/health", timeout=5)
+        response = httpx.get(f"{api}/health", timeout=5, trust_env=False)
         return response.is_success and response.json() is True
     except (httpx.HTTPError, ValueError):
         return False

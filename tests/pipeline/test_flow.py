@@ -51,6 +51,9 @@ ENDLESS = "sh -c 'echo $$ > shell.pid; sleep 600 & echo $! > child.pid; wait'"
 BROKEN = "sh -c 'echo the disk is full; exit 3'"
 
 
+NOBODY = "http://127.0.0.1:9"
+
+
 @dataclass(frozen=True)
 class Ui:
     process: subprocess.Popen[str]
@@ -68,7 +71,8 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", "ui", f"--mlflow-port={ports[0]}", f"--prefect-port={ports[1]}"],
         cwd=folder,
-        env={**env, "PREFECT_HOME": str(folder / "prefect")},
+        # a proxy that is not there, as one elsewhere could not reach this machine's loopback
+        env={**env, "PREFECT_HOME": str(folder / "prefect"), "HTTP_PROXY": NOBODY, "http_proxy": NOBODY},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -178,7 +182,8 @@ def test_a_failed_stage_fails_the_flow_with_its_last_words(project: Path, client
 def test_nothing_outlives_a_flow_that_is_ended(project: Path, api: str) -> None:
     replace_training(ENDLESS)
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "retrain"], env={**os.environ, "PREFECT_API_URL": api}
+        [sys.executable, "-m", "pipeline.cli", "retrain"],
+        env={**os.environ, "PREFECT_API_URL": api, "http_proxy": NOBODY},
     )
     shell, child = (int(wait_for_text(project / name)) for name in ("shell.pid", "child.pid"))
     between = psutil.Process(shell).parents()  # dvc repro, and above it the flow
@@ -255,7 +260,7 @@ def serving(project: Path, api: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", "schedule", "--cron", "* * * * *", "--timezone", "Europe/Berlin"],
         cwd=project,
-        env={**os.environ, "PREFECT_API_URL": api},
+        env={**os.environ, "PREFECT_API_URL": api, "http_proxy": NOBODY},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
