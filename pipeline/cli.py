@@ -128,18 +128,24 @@ def ui(
     mlflow_port: Annotated[int, _port("Of the MLflow UI.")] = 5000,
     prefect_port: Annotated[int, _port("Of the Prefect UI.")] = 4200,
 ) -> None:
-    """Show runs (MLflow) and retrains (Prefect) in the browser, on this machine only, until Ctrl-C."""
-    from pipeline import servers
+    """Show runs (MLflow) and retrains (Prefect) in the browser, on this machine only, until Ctrl-C.
 
-    with (
-        suppress(KeyboardInterrupt),
-        servers.mlflow_server(mlflow_port) as mlflow,
-        servers.prefect_server(prefect_port) as prefect,
-    ):
-        print(f"MLflow   {mlflow.address}/{MLFLOW_PAGE}\nPrefect  {prefect.address}\nCtrl-C ends both", flush=True)
+    Where MLFLOW_TRACKING_URI is a server, runs are shown there.
+    """
+    from pipeline import servers, tracking
+    from pipeline.params import shown
+
+    with suppress(KeyboardInterrupt), ExitStack() as stack:
+        if tracking.served():
+            started, runs = [], f"{shown(tracking.store_uri()).rstrip('/')}/{MLFLOW_PAGE} (MLFLOW_TRACKING_URI)"
+        else:
+            started = [stack.enter_context(servers.mlflow_server(mlflow_port))]
+            runs = f"{started[0].address}/{MLFLOW_PAGE}"
+        started.append(stack.enter_context(servers.prefect_server(prefect_port)))
+        print(f"MLflow   {runs}\nPrefect  {started[-1].address}\nCtrl-C ends what was started", flush=True)
         while True:
-            mlflow.check()
-            prefect.check()
+            for server in started:
+                server.check()
             time.sleep(1)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import RECIPES
+from pipeline import servers
+from pipeline.cli import MLFLOW_PAGE, RECIPES
 
 QUICKSTART = (RECIPES / "quickstart.yaml").read_bytes()
 
@@ -148,8 +149,6 @@ def test_a_port_that_is_none_is_refused(tmp_path: Path, command: tuple[str, str]
 
 
 def test_a_port_that_is_not_ours_is_told_from_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import servers
-
     monkeypatch.setattr(servers, "HOST", "192.0.2.1")  # kept for documentation: no machine has it
     with (
         pytest.raises(servers.ServerError, match=r"port 5000 of 192\.0\.2\.1 \(Cannot assign .*\): give --mlflow-port"),
@@ -164,3 +163,47 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert_error(cosface(tmp_path, "ui", "--mlflow-port", str(port)), f"port {port}", "in use", "--mlflow-port")
+
+
+def test_runs_on_a_server_are_shown_there(tmp_path: Path) -> None:
+    """And Prefect is started alone."""
+    port = servers.free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "ui", f"--prefect-port={port}"],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PREFECT_HOME": str(tmp_path / "prefect"),
+            "MLFLOW_TRACKING_URI": "https://me:SECRET@mlflow.example.org/team/",
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(3)]
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+    assert said[0].split() == ["MLflow", f"https://mlflow.example.org/team/{MLFLOW_PAGE}", "(MLFLOW_TRACKING_URI)"]
+    assert said[1].split() == ["Prefect", f"http://127.0.0.1:{port}"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, "127.0.0.1,localhost"),
+        ({"NO_PROXY": "example.org, localhost"}, "example.org,localhost,127.0.0.1"),
+        ({"NO_PROXY": "ignored", "no_proxy": "example.org"}, "example.org,127.0.0.1,localhost"),
+        ({"NO_PROXY": "*"}, "*"),
+    ],
+)
+def test_loopback_is_not_reached_by_a_proxy(
+    before: dict[str, str], after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    child = servers.environment()
+    assert child["NO_PROXY"] == child["no_proxy"] == after
