@@ -484,7 +484,11 @@ def test_a_server_that_hangs_holds_training_up_for_seconds_only(
     with training_run(tracked, lineage={}):
         pass
     over = threading.Event()
-    with answering(lambda _: over.wait(60) and None) as address:
+
+    def hang(_: BaseHTTPRequestHandler) -> None:
+        over.wait(60)
+
+    with answering(hang) as address:
         run = tracking.Run(MlflowClient(address), recorded(project, tracked)[0])
         run.log_metrics({"train/loss": 2.0}, step=1)
         begun = time.monotonic()
