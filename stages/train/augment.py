@@ -12,6 +12,7 @@ jpeg            at a quality of 20 to 90
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -80,7 +81,7 @@ class ImageAugmenter:
             A.Downscale((0.15, 0.6), dict(zip(("downscale", "upscale"), resize, strict=True)), p=1),
             A.ColorJitter(**colour, p=1),
             A.GaussianBlur(blur_limit=0, sigma_limit=(0.5, 2), p=1),
-            A.ImageCompression(quality_range=(20, 90), p=1),
+            _Jpeg(quality_range=(20, 90), p=1),
         ]
         self._shares = np.array([params.crop, params.low_resolution, params.colour, params.blur, params.jpeg])
 
@@ -94,6 +95,14 @@ class ImageAugmenter:
             transform = self._transforms[which]
             transform.set_random_seed(seeds[i] + which)
             images[i] = transform(image=images[i])["image"]
+
+
+class _Jpeg(A.ImageCompression):
+    """That of RGB images: albumentations hands them to OpenCV, which takes them to be BGR."""
+
+    def apply(self, img: NDArray[np.uint8], **params: Any) -> NDArray[np.uint8]:
+        """Compress an image of RGB."""
+        return super().apply(img[..., ::-1], **params)[..., ::-1]
 
 
 def _ratio(width: int) -> tuple[float, float]:

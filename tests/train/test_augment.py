@@ -154,11 +154,9 @@ def compressed(face: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 
 
 def test_jpeg_is_a_compression_at_one_quality(faces: np.ndarray) -> None:
-    """Red and blue have each other's place in it."""
     found = []
     for face, out in zip(faces[:40], changed_by("jpeg", faces[:40]), strict=True):
-        bgr = np.ascontiguousarray(face[..., ::-1])
-        qualities = [each for each in range(10, 101) if (compressed(bgr, each)[..., ::-1] == out).all()]
+        qualities = [each for each in range(10, 101) if (compressed(face, each) == out).all()]
         assert len(qualities) == 1
         found += qualities
     assert 20 <= min(found) < 28
