@@ -109,10 +109,8 @@ def schedule(
     flow.stages(Path.cwd())
     with suppress(KeyboardInterrupt), ExitStack() as stack:
         stack.enter_context(flow.only_schedule(Path.cwd()))
-        if start_server:
-            api = stack.enter_context(servers.prefect_server(prefect_port)).address + "/api"
-        else:
-            api = flow.running_server() or ""
+        server = stack.enter_context(servers.prefect_server(prefect_port)) if start_server else None
+        api = f"{server.address}/api" if server else flow.running_server()
         if not api:
             raise CommandError(
                 "no Prefect server answers, and a schedule needs one: start it by `cosface ui` or "
@@ -120,7 +118,7 @@ def schedule(
             )
         where = f"{api.removesuffix('/api')} shows it as retrain/{flow.deployment(Path.cwd())}"
         print(f"retraining by {cron!r} ({timezone}); {where}; Ctrl-C ends it", flush=True)
-        flow.serve(cron, timezone, api)
+        flow.serve(cron, timezone, api, server.check if server else lambda: None)
 
 
 @app.command()

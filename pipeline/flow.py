@@ -6,11 +6,13 @@ when, shows what happens, and tries again what the network may have spoilt.
 
 import asyncio
 import hashlib
+import logging
 import os
 import re
 import sys
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import filelock
 import httpx
+from tenacity import Retrying, retry_if_result, wait_exponential
 
 from pipeline.errors import InputError
 from pipeline.params import Absent, Params, Synthetic, is_remote, load_params
@@ -52,8 +55,12 @@ from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_se
 from prefect.states import Completed, Failed, State  # noqa: E402
 from prefect.types.entrypoint import EntrypointType  # noqa: E402
 
+log = logging.getLogger(__name__)
+
 LAST_LINES = 20
 """Lines of DVC's output that a failure's message repeats."""
+SETTLED_SECONDS = 60
+"""Serving that ends sooner has not failed for want of a server, and will not do better the next time."""
 STAGE_SECONDS = 320
 """Between asking a stage to end and ending it: a training may be validating before it writes its checkpoint, for which
 stages/train/launch.py grants 300."""
@@ -220,23 +227,52 @@ def only_schedule(project: Path) -> Iterator[None]:
         lock.release()
 
 
-def serve(cron: str, timezone: str, api: str) -> None:
+def serve(cron: str, timezone: str, api: str, check: Callable[[], None] = lambda: None) -> None:
     """Register the schedule with a Prefect server, and run what it calls for, one at a time, until interrupted.
 
-    In a process group of its own, because Prefect leaves a flow behind that still runs when serving ends.
+    In a process group of its own, because Prefect leaves a flow behind that still runs when serving ends. Prefect gives
+    serving up, and asks a flow that runs to end, where the server is away for minutes; the server is then waited for,
+    and served again.
+
+    Args:
+        cron: when.
+        timezone: where that is so.
+        api: of the Prefect server.
+        check: raises where there is no use in waiting for the server.
 
     Raises:
-        FlowError: serving ended by itself.
+        FlowError: serving ended by itself as soon as it had begun.
     """
     command = [sys.executable, "-c", "import sys; from pipeline import flow; flow.serve_here(*sys.argv[1:])"]
     env = environment(PREFECT_API_URL=api)
     grace = STAGE_SECONDS + GRACE_SECONDS
     try:
-        with process_group([*command, cron, timezone], env, output=None, grace=grace) as process:
-            code = process.wait()
+        while True:
+            begun = time.monotonic()
+            with process_group([*command, cron, timezone], env, output=None, grace=grace) as process:
+                code = process.wait()
+            if time.monotonic() - begun < SETTLED_SECONDS:
+                raise FlowError(f"serving the schedule ended by itself, with {code}")
+            log.warning("serving the schedule ended; a retrain that ran goes on from its last checkpoint the next time")
+            _await(api, check)
     finally:
         _pause(api)
-    raise FlowError(f"serving the schedule ended by itself, with {code}")
+
+
+def _await(api: str, check: Callable[[], None]) -> None:
+    """Wait until a Prefect server answers."""
+
+    def answered() -> bool:
+        check()
+        return answers(api)
+
+    waiting = Retrying(
+        retry=retry_if_result(lambda there: not there),
+        wait=wait_exponential(max=60),
+        before_sleep=lambda _: log.warning("%s does not answer; waiting for it", api),
+    )
+    waiting(answered)
+    log.warning("%s answers: the schedule goes on", api)
 
 
 def _pause(api: str) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,9 +89,15 @@ def api(ui: Ui) -> str:
     return f"{ui.prefect}/api"
 
 
+@contextmanager
+def prefect(api: str) -> Iterator[SyncPrefectClient]:
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+        yield client
+
+
 @pytest.fixture
 def client(api: str) -> Iterator[SyncPrefectClient]:
-    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+    with prefect(api) as client:
         yield client
 
 
@@ -294,6 +301,36 @@ def test_a_schedule_calls_for_runs_which_are_run_until_it_ends(
     assert client.read_deployment_by_name(name).paused
     with flow.only_schedule(project):  # free again
         pass
+
+
+def test_a_schedule_outlives_its_server(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is away for a while."""
+    monkeypatch.setenv("PREFECT_HOME", str(project / "prefect"))
+    port = servers.free_port()
+    name, api = f"retrain/{flow.deployment(project)}", f"http://127.0.0.1:{port}/api"
+    code = f"from pipeline import flow; flow.SETTLED_SECONDS = 1; flow.serve('0 3 * * 0', 'UTC', {api!r})"
+    hasty = {"PREFECT_CLIENT_MAX_RETRIES": "0", "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    process = None
+    try:
+        with servers.prefect_server(port), prefect(api) as client:
+            process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                env={**os.environ, **hasty},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            wait_for(lambda: scheduled(client, name))
+        assert process.stderr is not None
+        assert any("does not answer; waiting for it" in line for line in process.stderr)
+        with servers.prefect_server(port), prefect(api) as client:
+            assert any("answers: the schedule goes on" in line for line in process.stderr)
+            client.create_flow_run_from_deployment(client.read_deployment_by_name(name).id)
+            assert wait_for_text(project / "report") == sys.prefix
+    finally:
+        if process is not None:
+            process.terminate()
+            process.communicate(timeout=90)
 
 
 def scheduled(client: SyncPrefectClient, name: str) -> list[FlowRun]:
