@@ -180,10 +180,10 @@ class Loader(IterableDataset[Batch]):
                 yield ahead.popleft().result()
 
     def _by_processes(self) -> Iterator[Batch]:
-        # Forked off a process that has only imported apart.py: a fork of this one would not have its threads, but the
+        # Forked off a process that has only imported these: a fork of this one would not have its threads, but the
         # locks that they hold.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["stages.train.apart"])
+        context.set_forkserver_preload(["pipeline.deaf", __name__])
         others = set(multiprocessing.active_children())
         batches: Iterator[Batch | InputError] = iter(
             DataLoader(
@@ -247,8 +247,7 @@ def _elsewhere(
 
 
 def _begin_process(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # see apart.py
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as deaf.py has it; torch has changed that
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
     keep_memory()

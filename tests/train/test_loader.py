@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -257,9 +258,11 @@ from pipeline.params import Train
 from stages.shard.reader import Shards
 from stages.train.loader import Loader
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     shards, params = Shards(sys.argv[1]), Train.model_validate_json(Path(sys.argv[2]).read_text())
     batches = iter(Loader(shards.split("train"), shards.index.face, params, torch.device("cpu"), processes=2))
+    print("begun", flush=True)
     next(batches)
     print(*(process.pid for process in multiprocessing.active_children()), flush=True)
     sys.stdin.readline()
@@ -287,9 +290,13 @@ def test_processes_outlive_being_asked_to_end_but_not_their_training(
     ) as process:
         assert process.stdin
         assert process.stdout
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)  # while they import
         made = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
         assert len(made) == 2
-        os.killpg(process.pid, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.killpg(process.pid, number)
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.stdout.readline() == "still there\n"
