@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import ruamel.yaml
 
+pytestmark = pytest.mark.xdist_group("pipeline")  # one process, so that the graph is run once
 ROOT = Path(__file__).parents[1]
 SETS = ("train", "lfw", "ytf", "probes", "distractors")
 DATA_STAGES = {f"{stage}@{name}" for stage in ("download", "align") for name in SETS} | {"shard"}

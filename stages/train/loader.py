@@ -264,8 +264,8 @@ def _end_with_parent() -> None:
 def loader_processes(machine: Machine, params: Train, device: torch.device, world: int) -> int:
     """How many processes make batches for each that trains: `machine.loaders`, or as many as it takes.
 
-    Threads do where images are decoded and flipped. What albumentations does holds Python's lock, so that many threads
-    are no faster than one, and a GPU would wait for it.
+    Threads do where images are decoded and flipped. Much of what albumentations does holds Python's lock, so that many
+    threads are little faster than one, and a GPU would wait for them.
 
     Raises:
         InputError: there is no room to hand over so many batches.
