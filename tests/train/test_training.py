@@ -19,11 +19,13 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.params import Params
+from pipeline.params import Params, Train
 from stages import train
 from stages.train import backbones, checkpoint, loop, meter
+from stages.train.loop import Training
 from tests.conftest import ROOT
 from tests.samples import shard_section, write_shards
 
@@ -62,10 +64,10 @@ def test_interrupted_anywhere_ends_in_the_same_bits(
     for kill_at in (2, 9):
         checkpoints = tmp_path / f"b{kill_at}"
 
-        def dying(training, params, iteration, *rest, kill_at=kill_at):  # type: ignore[no-untyped-def]
+        def dying(training: Training, section: Train, iteration: int, *rest: Tensor, kill_at: int = kill_at) -> None:
             if iteration == kill_at:
                 raise Killed
-            step(training, params, iteration, *rest)
+            step(training, section, iteration, *rest)
 
         monkeypatch.setattr(loop, "step", dying)
         with pytest.raises(Killed):
@@ -87,14 +89,14 @@ def test_a_checkpoint_serves_no_other_parameters_data_or_code(
     tiny = changed(tiny, batch=8, checkpoint_every=2, schedule=schedule)
     step, seen = loop.step, []
 
-    def watched(training, params, iteration, *rest):  # type: ignore[no-untyped-def]
+    def watched(training: Training, section: Train, iteration: int, *rest: Tensor) -> None:
         seen.append(iteration)
-        step(training, params, iteration, *rest)
+        step(training, section, iteration, *rest)
 
-    def dying(training, params, iteration, *rest):  # type: ignore[no-untyped-def]
+    def dying(training: Training, section: Train, iteration: int, *rest: Tensor) -> None:
         if iteration == 3:
             raise Killed
-        step(training, params, iteration, *rest)
+        step(training, section, iteration, *rest)
 
     state = tmp_path / "state"
     monkeypatch.setattr(loop, "step", dying)
@@ -298,11 +300,11 @@ def test_every_head_learns_and_goes_on_where_it_was(
     params = changed(tiny, head=head)
     step, seen = loop.step, []
 
-    def watched(training, params, iteration, *rest):  # type: ignore[no-untyped-def]
+    def watched(training: Training, section: Train, iteration: int, *rest: Tensor) -> None:
         if iteration == 6 and not (tmp_path / "b").exists():
             shutil.copytree(tmp_path / "a", tmp_path / "b")  # as a kill would leave it
         seen.append(iteration)
-        step(training, params, iteration, *rest)
+        step(training, section, iteration, *rest)
 
     monkeypatch.setattr(loop, "step", watched)
     train.run(tmp_path / "whole", tmp_path / "a", params)
@@ -370,7 +372,7 @@ def test_the_model_is_the_mean_of_weights(
     """
     step, seen, judged = loop.step, [], []
 
-    def watched(training, *rest):  # type: ignore[no-untyped-def]
+    def watched(training: Training, *rest: Any) -> None:
         step(training, *rest)
         seen.append({name: value.double() for name, value in training.model.backbone.state_dict().items()})
         judged.append(training.outcome)
@@ -518,7 +520,7 @@ import sys
 from pathlib import Path
 import torch
 from pipeline.errors import InputError
-from pipeline.params import Params
+from pipeline.params import Params, Train
 from stages import train
 torch.set_num_threads(1)
 logging.basicConfig()
