@@ -201,11 +201,8 @@ class _Group:
         images = images.chunk(0) if images.num_chunks == 1 else images.combine_chunks()
         _, offsets, data = images.buffers()
         starts = np.frombuffer(offsets, np.int32)[images.offset : images.offset + len(images) + 1]
-        self._data, self._starts = memoryview(data).cast("B"), starts.tolist()
+        self.data, self.starts = memoryview(data).cast("B"), starts
         self.labels: NDArray[np.int32] = table["label"].to_numpy()
-
-    def image(self, row: int) -> memoryview:
-        return self._data[self._starts[row] : self._starts[row + 1]]
 
 
 class Rows:
@@ -238,11 +235,16 @@ class Rows:
         """The encoded images, as views of what was read, and the labels of some rows."""
         group_of = np.searchsorted(self._split.starts, rows, side="right") - 1
         loads = self.expect(np.unique(group_of).tolist())
-        groups = {number: load.result() for number, load in loads.items()}
-        within = rows - self._split.starts[group_of]
-        labels = np.empty(len(rows), np.int32)
-        for number, group in groups.items():
-            mine = group_of == number
-            labels[mine] = group.labels[within[mine]]
-        places = zip(group_of.tolist(), within.tolist(), strict=True)
-        return [groups[number].image(row) for number, row in places], labels
+        images, labels = [_EMPTY] * len(rows), np.empty(len(rows), np.int32)
+        for number, load in loads.items():
+            group = load.result()
+            places = np.flatnonzero(group_of == number)
+            within = rows[places] - self._split.starts[number]
+            labels[places] = group.labels[within]
+            begins, ends = group.starts[within].tolist(), group.starts[within + 1].tolist()
+            for place, begin, end in zip(places.tolist(), begins, ends, strict=True):
+                images[place] = group.data[begin:end]
+        return images, labels
+
+
+_EMPTY = memoryview(b"")

@@ -31,10 +31,10 @@ import albumentations as A
 
 @dataclass(frozen=True)
 class Draws:
-    """What befalls each of n images."""
+    """What befalls each image of a batch."""
 
     flips: int
-    """The first so many are mirrored: together, so that it takes one call."""
+    """The first so many are mirrored: together, so that it takes few calls."""
     top: list[int]
     left: list[int]
     """Corner of what the network sees in the aligned face, pixels."""
@@ -49,24 +49,29 @@ def draw(
     rows: NDArray[np.int64],
     size: tuple[int, int],
     width: int,
-) -> tuple[NDArray[np.int64], Draws]:
-    """The draws of some examples, of faces of `size` (height, width) for a network that sees 112×width of them.
+) -> tuple[NDArray[np.int64], list[Draws]]:
+    """The draws of some batches, of faces of `size` (height, width) for a network that sees 112×width of them.
+
+    Args:
+        epochs: (batches, examples), as `rows`.
 
     Returns:
-        The rows in their new order, those to be mirrored first; and what befalls them in that order.
+        The rows in their new order, in each batch those to be mirrored first; and what befalls them in that order.
     """
-    u = uniforms(seed, epochs, rows, 4)
-    flip = u[:, 0] < params.horizontal_flip
-    order = np.argsort(~flip, kind="stable")
-    u = u[order]
+    u = uniforms(seed, epochs.reshape(-1), rows.reshape(-1), 4).reshape(*rows.shape, 4)
+    flip = u[..., 0] < params.horizontal_flip
+    order = np.argsort(~flip, axis=1, kind="stable")
+    u = np.take_along_axis(u, order[..., None], axis=1)
     steps = 2 * params.shift + 1
-    top, left = (np.floor(u[:, i] * steps).astype(np.int64) - params.shift for i in (1, 2))
-    return rows[order], Draws(
-        flips=int(flip.sum()),
-        top=(top + (size[0] - HEIGHT) // 2).tolist(),
-        left=(left + (size[1] - width) // 2).tolist(),
-        seed=np.floor(u[:, 3] * 2**32).astype(np.int64).tolist(),
+    top, left = (np.floor(u[..., i] * steps).astype(np.int64) - params.shift for i in (1, 2))
+    draws = zip(
+        flip.sum(axis=1).tolist(),
+        (top + (size[0] - HEIGHT) // 2).tolist(),
+        (left + (size[1] - width) // 2).tolist(),
+        np.floor(u[..., 3] * 2**32).astype(np.int64).tolist(),
+        strict=True,
     )
+    return np.take_along_axis(rows, order, axis=1), [Draws(*drawn) for drawn in draws]
 
 
 class ImageAugmenter:
@@ -115,11 +120,16 @@ def crop(face: NDArray[np.uint8], draws: Draws, i: int, out: NDArray[np.uint8]) 
     out[:] = face[top : top + out.shape[0], left : left + out.shape[1]]
 
 
-def flip_first(images: NDArray[np.uint8], count: int) -> None:
-    """Mirror the first of images (n, height, width, 3), contiguous, in place: they lie one above the other as one."""
-    if count:
-        tall = images[:count].reshape(-1, *images.shape[2:])
-        cv2.flip(tall, 1, dst=tall)
+def mirror(images: NDArray[np.uint8], *, swapped: bool = False) -> None:
+    """Mirror images (n, height, width, 3), contiguous, in place: they lie one above the other as one.
+
+    Args:
+        swapped: they are BGR and become RGB. Reversing rows of bytes does both, in less than half of the time that
+            reversing pixels takes.
+    """
+    width = images.shape[2]
+    tall = images.reshape(-1, 3 * width) if swapped else images.reshape(-1, width, 3)
+    cv2.flip(tall, 1, dst=tall)
 
 
 def crop_and_flip(faces: Tensor, draws: Draws, width: int) -> Tensor:

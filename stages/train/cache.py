@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 from pipeline.executor import cores
 from pipeline.progress import bar
 from stages.shard.reader import Split
-from stages.train.faces import FaceError, decode_into, unaligned
+from stages.train.faces import decode_all, unaligned
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +78,7 @@ def _decode(split: Split, put: Callable[[int, NDArray[np.uint8]], object], size:
         images = split.read(group)["image"]
         faces = unaligned((len(images), *size, 3))
         start = int(split.starts[group])
-        for i, image in enumerate(images):
-            try:
-                decode_into(image.as_py(), faces[i])
-            except FaceError as error:
-                raise FaceError(f"{split.name(start + i)}: {error}") from error
+        decode_all(images.to_pylist(), faces, lambda i: split.name(start + i))
         put(start, faces)
         return len(faces)
 

@@ -1,5 +1,8 @@
 """From an aligned face's JPEG to the pixels that a network sees."""
 
+from collections.abc import Callable, Sequence
+from typing import Literal
+
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
@@ -60,19 +63,25 @@ def unaligned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     return memory[start : start + size].reshape(shape)
 
 
-def decode_into(jpeg: bytes | memoryview, pixels: NDArray[np.uint8]) -> None:
-    """Decode a JPEG into an array of exactly its size, H×W×3 uint8 RGB, contiguous.
+def decode_all(
+    jpegs: Sequence[bytes | memoryview],
+    pixels: NDArray[np.uint8],
+    where: Callable[[int], str],
+    order: Literal["RGB", "BGR"] = "RGB",
+) -> None:
+    """Decode JPEGs into arrays of exactly their size, (n, H, W, 3) uint8, contiguous.
 
     Raises:
-        FaceError: the bytes are no JPEG, or one of another size.
+        FaceError: the bytes are no JPEG, or one of another size; the message begins with `where(i)` of the i-th.
     """
-    try:
-        decoded = simplejpeg.decode_jpeg(jpeg, "RGB", buffer=pixels)
-    except ValueError as error:
-        raise FaceError(
-            f"{len(jpeg)} bytes that are no JPEG of {pixels.shape[0]}×{pixels.shape[1]}: {error}"
-        ) from error
-    if decoded.shape != pixels.shape:
-        raise FaceError(
-            f"a face of {decoded.shape[0]}×{decoded.shape[1]} pixels, not {pixels.shape[0]}×{pixels.shape[1]}"
-        )
+    decode, shape = simplejpeg.decode_jpeg, pixels.shape[1:]
+    for i, (jpeg, place) in enumerate(zip(jpegs, pixels, strict=True)):
+        try:
+            decoded = decode(jpeg, order, buffer=place)
+        except ValueError as error:
+            raise FaceError(
+                f"{where(i)}: {len(jpeg)} bytes that are no JPEG of {shape[0]}×{shape[1]}: {error}"
+            ) from error
+        if decoded.shape != shape:
+            found = decoded.shape
+            raise FaceError(f"{where(i)}: a face of {found[0]}×{found[1]} pixels, not {shape[0]}×{shape[1]}")

@@ -1,5 +1,6 @@
 """From shards to batches on the device, decoded and augmented ahead of the network."""
 
+import functools
 import itertools
 import logging
 import multiprocessing
@@ -9,7 +10,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -28,9 +29,9 @@ from pipeline.executor import cores, keep_memory
 from pipeline.params import BalancedSampling, Face, Machine, Train
 from pipeline.tables import TableError
 from stages.shard.reader import Rows, Split
-from stages.train.augment import Draws, ImageAugmenter, crop, crop_and_flip, draw, flip_first
+from stages.train.augment import Draws, ImageAugmenter, crop, crop_and_flip, draw, mirror
 from stages.train.cache import device_cache, host_cache
-from stages.train.faces import HEIGHT, FaceError, decode_into, unaligned
+from stages.train.faces import HEIGHT, decode_all, unaligned
 from stages.train.sampling import POOL_GROUPS, Balanced, Sampling, Uniform
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ SHARED_MEMORY = Path("/dev/shm")
 """Where processes hand batches over, on Linux; in a container it may be small."""
 _PREFETCH = 2
 """Batches that a process makes ahead."""
+_PLANNED, _TOGETHER, _AT_ONCE = 4096, 512, 32
+"""Images that are planned at a time, what little that takes being dear among the decoding of many; that a thread then
+makes batches of; and that it decodes, crops and flips before the next, so that they stay in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,8 @@ class Loader(IterableDataset[Batch]):
         worker = get_worker_info()
         if worker is not None:
             builder = _Builder(self, pin=False)
-            for iteration in itertools.count(self._iteration + worker.id, worker.num_workers):
-                yield builder.build(iteration)
+            for plans in builder.plans(self._iteration + worker.id, step=worker.num_workers):
+                yield from builder.build(plans, builder.memory(1))
         batches = self._by_processes() if self._processes else self._by_threads()
         while True:
             started = time.perf_counter()
@@ -168,16 +172,16 @@ class Loader(IterableDataset[Batch]):
     def _by_threads(self) -> Iterator[Batch]:
         builder = _Builder(self, pin=self._device.type == "cuda")
         threads = min(MAX_THREADS, cores())
-        most = 2 * threads if self._on_device is None else 2  # batches that take its memory, too
-        ahead: deque[Future[Batch]] = deque()
-        submitted = self._iteration
+        if self._on_device is None:
+            most, together = threads + 2, max(1, _TOGETHER * self._world // self._params.batch)
+        else:
+            most, together = 2, 1  # they take its memory, too
+        ahead: deque[Future[list[Batch]]] = deque()
         with ThreadPoolExecutor(threads, "loader") as pool:
-            while True:
-                while len(ahead) <= most:
-                    builder.read_ahead(submitted)
-                    ahead.append(pool.submit(builder.build, submitted))
-                    submitted += 1
-                yield ahead.popleft().result()
+            for plans in builder.plans(self._iteration, together=together):
+                ahead.append(pool.submit(builder.build, plans, builder.memory(together)))
+                if len(ahead) > most:
+                    yield from ahead.popleft().result()
 
     def _by_processes(self) -> Iterator[Batch]:
         # Forked off a process that has only imported these: a fork of this one would not have its threads, but the
@@ -291,65 +295,108 @@ def loader_processes(machine: Machine, params: Train, device: torch.device, worl
     return room
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What this rank's share of a batch is made of."""
+
+    rows: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    draws: Draws
+    jpegs: list[memoryview]
+    """None of them with a cache."""
+
+
 class _Builder:
-    """Makes the batch of any iteration; its threads share what has been read."""
+    """Makes the batches of iterations: planned many at a time by a thread of its own, made some at a time by others."""
 
     def __init__(self, loader: Loader, *, pin: bool) -> None:
         self._of, self._pin = loader, pin
+        self._share = loader._params.batch // loader._world
         self._rows = Rows(loader._split, 3 * POOL_GROUPS)
         self._local = threading.local()
 
-    def read_ahead(self, iteration: int) -> None:
-        """Have what the iteration reads on its way, and what comes after that."""
-        sampling = self._of._sampling
-        if isinstance(sampling, Uniform) and self._of._host is None and self._of._on_device is None:
-            for groups in sampling.pools(iteration * self._of._params.batch, 2):
+    def plans(self, first: int, *, step: int = 1, together: int = 1) -> Iterator[list[_Plan]]:
+        """Of every `step`-th iteration from `first` on, so many together; what comes next is planned meanwhile."""
+        count = together * max(1, _PLANNED // (together * step * self._of._params.batch))
+        with ThreadPoolExecutor(1, "planner") as planner:
+            coming: deque[Future[list[_Plan]]] = deque()
+            for start in itertools.count(first, count * step):
+                coming.append(planner.submit(self._plan, range(start, start + count * step, step)))
+                if len(coming) > 1:
+                    plans = coming.popleft().result()
+                    for i in range(0, count, together):
+                        yield plans[i : i + together]
+
+    def _plan(self, iterations: range) -> list[_Plan]:
+        of, share = self._of, self._share
+        params, cached = of._params, of._host is not None or of._on_device is not None
+        if isinstance(of._sampling, Uniform) and not cached:
+            for groups in of._sampling.pools(iterations.start * params.batch, 2):
                 self._rows.expect(groups)
+        starts = [iteration * params.batch + of._rank * share for iteration in iterations]
+        rows, epochs = map(np.stack, zip(*(of._sampling.rows(start, start + share) for start in starts), strict=True))
+        rows, draws = draw(params.augment, params.seed, epochs, rows, of._face.size, params.backbone.width)
+        jpegs, labels = ([], of._labels[rows]) if cached else self._rows.read(rows.reshape(-1))
+        labels = labels.reshape(rows.shape).astype(np.int64)
+        return [_Plan(rows[i], labels[i], draws[i], jpegs[i * share : (i + 1) * share]) for i in range(len(starts))]
 
-    def build(self, iteration: int) -> Batch:
-        """This rank's share of the iteration's batch."""
+    def memory(self, batches: int) -> Tensor:
+        """What so many batches are made in: as faces.unaligned; for a GPU, memory that it reads by itself.
+
+        What goes to the GPU must be this very tensor, or a part of it, not another one over the same numpy array: by it
+        torch knows not to give the memory to the next batch while the GPU still reads.
+
+        Threads should not ask for it themselves: glibc has their memory from 64 MiB that go back to the system, page by
+        page, as soon as all of them are free.
+        """
         of = self._of
-        params, size = of._params, of._face.size
-        share = params.batch // of._world
-        start = iteration * params.batch + of._rank * share
-        rows, epochs = of._sampling.rows(start, start + share)
-        width = params.backbone.width
-        rows, draws = draw(params.augment, params.seed, epochs, rows, size, width)
+        shape = (batches * self._share, HEIGHT, of._params.backbone.width, 3)
         if of._on_device is not None:
-            faces = of._on_device.index_select(0, torch.from_numpy(rows).to(of._on_device.device))
-            return _batch(crop_and_flip(faces, draws, width), of._labels[rows])
-        shape = (share, HEIGHT, width, 3)
-        images = _pinned(shape) if self._pin else torch.from_numpy(unaligned(shape))
-        out = images.numpy()
-        labels = self._fill(out, rows, draws)
-        flip_first(out, draws.flips)
-        if params.augment.by_image:
-            if not hasattr(self._local, "augmenter"):
-                self._local.augmenter = ImageAugmenter(params.augment, width)
-            self._local.augmenter(out, draws.seed)
-        return _batch(images, labels)
+            return torch.empty(0)
+        if not self._pin:
+            return torch.from_numpy(unaligned(shape))
+        return torch.empty(int(np.prod(shape)) + 1, dtype=torch.uint8, pin_memory=True)[1:].view(shape)
 
-    def _fill(self, out: NDArray[np.uint8], rows: NDArray[np.int64], draws: Draws) -> NDArray[np.int32]:
-        """Put what the network sees of some rows where it belongs; their labels."""
+    def build(self, plans: Sequence[_Plan], images: Tensor) -> list[Batch]:
+        """What is planned, made in `images`."""
         of = self._of
-        whole = of._face.size == out.shape[1:3]
-        if of._host is not None:
-            if whole:
-                np.take(of._host, rows, axis=0, out=out, mode="clip")
+        if of._on_device is not None:
+            (plan,) = plans
+            faces = of._on_device.index_select(0, torch.from_numpy(plan.rows).to(of._on_device.device))
+            images = crop_and_flip(faces, plan.draws, of._params.backbone.width)
+        else:
+            for plan, out in zip(plans, np.split(images.numpy(), len(plans)), strict=True):
+                self._fill(out, plan)
+        shares = images.permute(0, 3, 1, 2).split(self._share)
+        return [Batch(share, torch.from_numpy(plan.labels)) for share, plan in zip(shares, plans, strict=True)]
+
+    def _fill(self, out: NDArray[np.uint8], plan: _Plan) -> None:
+        """Put what the network sees of a batch where it belongs, some images at a time."""
+        of, flips = self._of, plan.draws.flips
+        aside = unaligned((_AT_ONCE, *of._face.size, 3))
+        for start in (*range(0, flips, _AT_ONCE), *range(flips, len(out), _AT_ONCE)):
+            flip = start < flips
+            stop = min(start + _AT_ONCE, flips if flip else len(out))
+            places = out[start:stop]
+            faces = places if of._face.size == out.shape[1:3] else aside[: len(places)]
+            if of._host is not None:
+                np.take(of._host, plan.rows[start:stop], axis=0, out=faces, mode="clip")
             else:
-                for i, row in enumerate(rows.tolist()):
-                    crop(of._host[row], draws, i, out[i])
-            return of._labels[rows]
-        images, labels = self._rows.read(rows)
-        aside = unaligned((*of._face.size, 3))
-        for i, image in enumerate(images):
-            try:
-                decode_into(image, out[i] if whole else aside)
-            except FaceError as error:
-                raise FaceError(f"{of._split.name(int(rows[i]))}: {error}") from error
-            if not whole:
-                crop(aside, draws, i, out[i])
-        return labels
+                names = functools.partial(_name, of._split, plan.rows[start:stop])
+                decode_all(plan.jpegs[start:stop], faces, names, "BGR" if flip else "RGB")
+            if faces is not places:
+                for i, place in enumerate(places):
+                    crop(faces[i], plan.draws, start + i, place)
+            if flip:
+                mirror(places, swapped=of._host is None)
+        if of._params.augment.by_image:
+            if not hasattr(self._local, "augmenter"):
+                self._local.augmenter = ImageAugmenter(of._params.augment, out.shape[2])
+            self._local.augmenter(out, plan.draws.seed)
+
+
+def _name(split: Split, rows: NDArray[np.int64], i: int) -> str:
+    return split.name(int(rows[i]))
 
 
 def validation_batches(split: Split, face: Face, batch: int, width: int, device: torch.device) -> Iterator[Batch]:
@@ -359,12 +406,12 @@ def validation_batches(split: Split, face: Face, batch: int, width: int, device:
     rows = Rows(split, 2)
 
     def build(start: int) -> Batch:
-        images, labels = rows.read(np.arange(start, min(start + batch, len(split))))
-        faces = unaligned((len(images), *size, 3))
-        for i, image in enumerate(images):
-            decode_into(image, faces[i])
+        jpegs, labels = rows.read(np.arange(start, min(start + batch, len(split))))
+        faces = unaligned((len(jpegs), *size, 3))
+        decode_all(jpegs, faces, lambda i: split.name(start + i))
         seen = torch.from_numpy(np.ascontiguousarray(faces[:, top : top + HEIGHT, left : left + width]))
-        return _batch(seen.pin_memory() if device.type == "cuda" else seen, labels)
+        images = (seen.pin_memory() if device.type == "cuda" else seen).permute(0, 3, 1, 2)
+        return Batch(images, torch.from_numpy(labels.astype(np.int64)))
 
     with ThreadPoolExecutor(1, "validation") as pool:
         starts = range(0, len(split), batch)
@@ -374,17 +421,3 @@ def validation_batches(split: Split, face: Face, batch: int, width: int, device:
             ready = coming.result()
             coming = pool.submit(build, start + batch) if start + batch < len(split) else None
             yield ready.to(device)
-
-
-def _pinned(shape: tuple[int, ...]) -> Tensor:
-    """As faces.unaligned, in memory that a GPU reads by itself.
-
-    What goes to the GPU must be this very tensor, not another one over the same numpy array: by it torch knows not to
-    give the memory to the next batch while the GPU still reads.
-    """
-    size = int(np.prod(shape))
-    return torch.empty(size + 1, dtype=torch.uint8, pin_memory=True)[1:].view(shape)
-
-
-def _batch(images: Tensor, labels: NDArray[np.int32]) -> Batch:
-    return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64)))

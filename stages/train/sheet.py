@@ -8,8 +8,8 @@ import numpy as np
 from pipeline import tables
 from pipeline.params import Face, Train
 from stages.shard.reader import Rows, Split
-from stages.train.augment import ImageAugmenter, crop, draw, flip_first
-from stages.train.faces import HEIGHT, decode_into
+from stages.train.augment import ImageAugmenter, crop, draw, mirror
+from stages.train.faces import HEIGHT, decode_all
 
 FACES, EPOCHS, GAP = 8, 7, 4
 """A row a face, then a column an epoch; pixels between."""
@@ -21,17 +21,17 @@ def write_sheet(path: Path, split: Split, face: Face, params: Train) -> None:
     rows = np.arange(count)
     images, _ = Rows(split, 1).read(rows)
     faces = np.empty((count, *size, 3), np.uint8)
-    for i, image in enumerate(images):
-        decode_into(image, faces[i])
+    decode_all(images, faces, split.name)
     top, left = (size[0] - HEIGHT) // 2, (size[1] - width) // 2
     columns = [np.ascontiguousarray(faces[:, top : top + HEIGHT, left : left + width])]
     augmenter = ImageAugmenter(params.augment, width)
     for epoch in range(EPOCHS):
-        order, draws = draw(params.augment, params.seed, np.full(count, epoch), rows, size, width)
+        (order,), (draws,) = draw(params.augment, params.seed, np.full((1, count), epoch), rows[None], size, width)
         seen = np.empty((count, HEIGHT, width, 3), np.uint8)
         for i, row in enumerate(order.tolist()):
             crop(faces[row], draws, i, seen[i])
-        flip_first(seen, draws.flips)
+        if draws.flips:
+            mirror(seen[: draws.flips])
         if params.augment.by_image:
             augmenter(seen, draws.seed)
         columns.append(seen[np.argsort(order)])

@@ -90,18 +90,24 @@ def test_batches_hold_the_decoded_pixels_in_rgb(shards: Shards, params: Params) 
 @settings(max_examples=20)
 @given(data=st.data())
 def test_exactly_once_over_ranks_caches_and_interruptions(data: st.DataObject) -> None:
-    """Whatever the shards, ranks and interruptions, with and without a host cache: ranks together see every row exactly
-    once an epoch.
+    """Whatever the shards, ranks and interruptions, with and without a host cache, and however many images are planned
+    and made together: ranks together see every row exactly once an epoch.
     """
     import tempfile
+    from unittest.mock import patch
 
     from tests.conftest import load_params
 
+    few: dict[str, Any] = {
+        "_PLANNED": data.draw(st.integers(1, 40)),
+        "_TOGETHER": data.draw(st.integers(1, 20)),
+        "_AT_ONCE": data.draw(st.integers(1, 5)),
+    }
     counts = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=5))
     world = data.draw(st.sampled_from([1, 2, 3]))
     batch = max(2, world * data.draw(st.integers(1, 4)))
     assume(sum(counts) >= batch)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, patch.multiple(loading, **few):
         made = shard_section(
             validation={"by": "image", "share": 0.0, "pairs": 0},
             shard_rows=data.draw(st.integers(1, 12)),
@@ -162,6 +168,16 @@ def test_the_same_batches_whatever_makes_them(
     assert equal(take(make(shards, train, processes=2, cache="host", cache_folder=tmp_path), 12), whole)
     monkeypatch.setattr(loading, "MAX_THREADS", 1)
     assert equal(take(make(shards, train), 12), whole)
+    for few in ({"_PLANNED": 8}, {"_PLANNED": 40, "_TOGETHER": 16}, {"_TOGETHER": 1}, {"_AT_ONCE": 3}):
+        for constant, value in few.items():
+            monkeypatch.setattr(loading, constant, value)
+        assert equal(take(make(shards, train), 12), whole)
+    monkeypatch.setattr(loading, "_PLANNED", 40)
+    for worker in range(3):  # of which each makes every third batch
+        monkeypatch.setattr(loading, "get_worker_info", lambda i=worker: SimpleNamespace(id=i, num_workers=3))
+        resumed = make(shards, train)
+        resumed.load_state_dict({"iteration": 2})
+        assert equal(take(resumed, 3), whole[2 + worker :: 3][:3])
 
 
 def test_an_epoch_changes_what_befalls_an_example(shards: Shards, params: Params) -> None:
@@ -351,16 +367,11 @@ def test_validation_sees_every_example_once_and_unchanged(shards: Shards) -> Non
     assert (torch.cat([batch.labels for batch in batches]).numpy() == split.labels).all()
 
 
-def test_what_goes_to_a_gpu_is_the_pinned_tensor_itself(
-    shards: Shards, params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_goes_to_a_gpu_is_the_pinned_tensor_itself(shards: Shards, params: Params) -> None:
     """Another tensor over the same memory would not keep torch from giving it away while the GPU still reads."""
-    given = []
-
-    def pinned(shape: tuple[int, ...]) -> torch.Tensor:
-        given.append(torch.empty(int(np.prod(shape)) + 1, dtype=torch.uint8)[1:].view(shape))
-        return given[-1]
-
-    monkeypatch.setattr(loading, "_pinned", pinned)
-    batch = loading._Builder(make(shards, section(params)), pin=True).build(0)
-    assert batch.images.untyped_storage().data_ptr() == given[0].untyped_storage().data_ptr()
+    builder = loading._Builder(make(shards, section(params)), pin=False)
+    pinned = torch.empty(2 * 8 * 112 * 112 * 3 + 1, dtype=torch.uint8)[1:].view(16, 112, 112, 3)
+    batches = builder.build(next(builder.plans(0, together=2)), pinned)
+    assert len(batches) == 2
+    for batch in batches:
+        assert batch.images.untyped_storage().data_ptr() == pinned.untyped_storage().data_ptr()
