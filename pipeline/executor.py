@@ -45,6 +45,9 @@ _TLS = tuple(f"DASK_DISTRIBUTED__COMM__TLS__{name}" for name in ("CA_FILE", "CLI
 def choose_device(name: str) -> "torch.device":
     """The device of `machine.device`: auto takes a GPU where there is one.
 
+    Whatever it is, torch takes no more threads from here on than `cores`: of a container's quota it does not know, and
+    more would wait for each other.
+
     Raises:
         InputError: cuda was asked for and is not there.
     """
@@ -52,13 +55,24 @@ def choose_device(name: str) -> "torch.device":
 
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("machine.device: cuda was asked for, but torch sees no GPU; use auto or cpu")
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def cores() -> int:
-    """Processor cores this process may use: its share, where torchrun has started several on this machine."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Processor cores this process may use, as the system or a container's quota has it: its share of them, where
+    torchrun has started several on this machine.
+    """
+    from dask.system import cpu_count
+
+    return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def memory() -> int:
+    """Bytes of memory that this machine has, or that a container allows."""
+    from distributed.system import memory_limit
+
+    return memory_limit()
 
 
 @functools.cache
@@ -198,10 +212,8 @@ def _locally(
 def _processes(machine: Machine, tasks: int, most: int | None) -> int:
     """How many processes to start: what machine.workers says, or one a core as far as memory reaches."""
     if machine.workers is None:
-        wanted, room = (
-            max(1, cores() // machine.threads),
-            int(psutil.virtual_memory().available / 2**30 / machine.memory),
-        )
+        wanted = max(1, cores() // machine.threads)
+        room = int(min(psutil.virtual_memory().available, memory()) / 2**30 / machine.memory)
         if room < wanted:
             log.info("%d workers instead of %d: machine.memory is %g GiB each", max(1, room), wanted, machine.memory)
         wanted = max(1, min(wanted, room))

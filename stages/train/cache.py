@@ -7,14 +7,13 @@ from pathlib import Path
 
 import filelock
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import tables
 from pipeline.errors import InputError
-from pipeline.executor import cores
+from pipeline.executor import cores, memory
 from pipeline.progress import bar
 from stages.shard.reader import Split
 from stages.train.faces import decode_all, unaligned
@@ -36,7 +35,7 @@ def host_cache(split: Split, size: tuple[int, int], folder: Path) -> NDArray[np.
         FaceError: an image that cannot be decoded; the message names it.
     """
     shape = (len(split), *size, 3)
-    _check_room(int(np.prod(shape)), int(psutil.virtual_memory().total), "host")
+    _check_room(int(np.prod(shape)), memory(), "host")
     path = folder / f"{tables.fingerprint(split.hashes, size)}.uint8"
     folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / ".lock"):
@@ -58,7 +57,7 @@ def device_cache(split: Split, size: tuple[int, int], device: torch.device) -> T
         FaceError: an image that cannot be decoded; the message names it.
     """
     shape = (len(split), *size, 3)
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().total)
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()
     _check_room(int(np.prod(shape)), room, "device")
     cache = torch.empty(shape, dtype=torch.uint8, device=device)
     _decode(split, lambda start, faces: cache[start : start + len(faces)].copy_(torch.from_numpy(faces)), size)

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from dask import config as dask_config
+from dask import system as dask_system
 from pydantic import ValidationError
 
 from pipeline import executor
@@ -61,6 +62,7 @@ def test_nothing_to_do() -> None:
 
 def test_no_more_processes_than_memory_or_the_tasks_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine of 6 cores with 8 GiB available."""
+    monkeypatch.setattr(distributed.system, "memory_limit", lambda: 2**40)
     monkeypatch.setattr(executor, "cores", lambda: 6)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * 2**30))
     assert executor._processes(machine(workers=None, memory=4.1), 100, None) == 1
@@ -72,6 +74,20 @@ def test_no_more_processes_than_memory_or_the_tasks_ask_for(monkeypatch: pytest.
     assert executor._processes(machine(workers=7, memory=72), 100, None) == 7
     assert executor._processes(machine(workers=7), 3, None) == 3
     assert executor._processes(machine(workers=7), 100, 4) == 4
+    monkeypatch.setattr(distributed.system, "memory_limit", lambda: 3 * 2**30)  # of a container
+    assert executor._processes(machine(workers=None, memory=1), 100, None) == 3
+
+
+def test_a_container_limits_cores_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dask_system, "_try_extract_cgroup_cpu_quota", lambda: (100_000, 100_000))  # docker run --cpus 1
+    assert executor.cores() == 1
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        choose_device("cpu")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def die_once(folder: str, number: int) -> int:
