@@ -59,6 +59,22 @@ def choose_device(name: str) -> "torch.device":
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+@contextmanager
+def enough_gpu_memory(otherwise: str) -> Iterator[None]:
+    """For what may need more memory than a GPU has.
+
+    Raises:
+        InputError: it does; the message is what to change `otherwise`, and what torch says.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = ". ".join(str(error).split(". ")[:2])  # the rest is about PyTorch's allocator
+        raise InputError(f"the GPU's memory is too small: {otherwise} ({what})") from error
+
+
 def cores() -> int:
     """Processor cores this process may use, as the system or a container's quota has it: its share of them, where
     torchrun has started several on this machine.

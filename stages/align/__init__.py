@@ -19,7 +19,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from pipeline import tables
-from pipeline.executor import choose_device, run_all
+from pipeline.executor import choose_device, enough_gpu_memory, run_all
 from pipeline.params import Align, Machine
 from stages.align.decode import UnreadableImage, decode_reduced
 from stages.align.earlier import COPIED, Rows, is_done, set_aside
@@ -123,7 +123,9 @@ def align_images(contents: Iterable[bytes], params: Align, evaluation: bool, dev
         coming = decoder.submit(next, batches, None)
         while (batch := coming.result()) is not None:
             coming = decoder.submit(next, batches, None)
-            yield from _rows(batch, params, evaluation, device)
+            with enough_gpu_memory("end what else uses it, or set machine.device to cpu"):
+                rows = list(_rows(batch, params, evaluation, device))
+            yield from rows
 
 
 def _batches(contents: Iterable[bytes], params: Align) -> Iterator[list[_Photograph | str]]:

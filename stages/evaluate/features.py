@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline import tables
-from pipeline.executor import cores
+from pipeline.executor import cores, enough_gpu_memory
 from pipeline.progress import bar
 from pipeline.tracking import MODEL_TAG
 from stages.evaluate.models import Embedder
@@ -101,18 +101,13 @@ def embed(model: Embedder, faces: NDArray[np.uint8], *, flip: bool = True) -> ND
         N×1×D or N×2×D float32, not normalised.
 
     Raises:
-        EvaluationError: they are not finite numbers, or the GPU's memory is too small for so many faces.
+        EvaluationError: they are not finite numbers.
+        InputError: the GPU's memory is too small for so many faces.
     """
     images = torch.from_numpy(np.ascontiguousarray(faces)).permute(0, 3, 1, 2)
     seen = [images, images.flip(3)] if flip else [images]
-    try:
+    with enough_gpu_memory("lower evaluate.batch, or set machine.device to cpu"):
         both = torch.stack([model(each) for each in seen], dim=1).cpu().numpy()
-    except torch.OutOfMemoryError as error:
-        what = ". ".join(str(error).split(". ")[:2])  # the rest is about PyTorch's allocator
-        raise EvaluationError(
-            f"{model.name}: the GPU's memory is too small for {len(faces)} faces at a time: lower evaluate.batch, or "
-            f"set machine.device to cpu ({what})"
-        ) from error
     if not np.isfinite(both).all():
         raise EvaluationError(f"{model.name}: its features are not finite numbers: its training has diverged")
     return both

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline import tables
 from pipeline.entry import stage
-from pipeline.executor import choose_device
+from pipeline.executor import choose_device, enough_gpu_memory
 from pipeline.pages import save_png
 from pipeline.params import Evaluate, Params
 from pipeline.tracking import NoRun, training_run_of
@@ -207,7 +207,8 @@ def main(params: Params) -> None:
     out.mkdir(parents=True, exist_ok=True)
     trained = Trained(Path("data/shards/labels.parquet"), Path(params.shard.clean.names))
     device = choose_device(params.machine.device)
-    with training_run_of(Path("models"), params) as tracker:
+    otherwise = "end what else uses it, or set machine.device to cpu"
+    with training_run_of(Path("models"), params) as tracker, enough_gpu_memory(otherwise):
         run(embedded / "probes", embedded / "distractors", trained, out, params.evaluate, device, tracker)
 
 

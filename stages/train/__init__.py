@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.executor import choose_device, keep_memory
+from pipeline.executor import choose_device, enough_gpu_memory, keep_memory
 from pipeline.params import CosFace, Params, shown
 from pipeline.tables import atomic, fingerprint
 from pipeline.tracking import NoRun, model_digest, training_run
@@ -59,21 +59,18 @@ def run(models: Path, checkpoints_root: Path, params: Params) -> None:
     with together(choose_device(params.machine.device)) as (ranks, device):
         if not ranks.first:
             logging.getLogger().setLevel(logging.ERROR)  # the first speaks for all
-        try:
+        with enough_gpu_memory(_needs_less(params)):
             _run(models, checkpoints_root, params, ranks, device)
-        except torch.OutOfMemoryError as error:
-            raise InputError(_needs_less(params, error)) from error
 
 
-def _needs_less(params: Params, error: torch.OutOfMemoryError) -> str:
+def _needs_less(params: Params) -> str:
     """What to change where the GPU's memory is too small."""
     ways = ["raise train.micro_batches"]
     if not params.train.recompute:
         ways.append("set train.recompute to true" + (" and train.compile to false" if params.train.compile else ""))
     if params.machine.cache == "device":
         ways.append("set machine.cache, now device, to host or none")
-    what = ". ".join(str(error).split(". ")[:2])  # the rest is about PyTorch's allocator
-    return f"the GPU's memory is too small for this training: {', '.join(ways)}, or lower train.batch ({what})"
+    return f"{', '.join(ways)}, or lower train.batch"
 
 
 def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, device: torch.device) -> None:

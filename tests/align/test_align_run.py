@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import skimage.transform
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -465,3 +466,13 @@ def test_asking_for_a_gpu_that_is_not_there_is_an_error(raw: Path, tmp_path: Pat
             evaluation=False,
             report=tmp_path / "r",
         )
+
+
+def test_a_gpu_too_small_is_told_with_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
+
+    monkeypatch.setattr(stages.align, "find", full)
+    told = r"^the GPU's memory is too small: end what else uses it, or set .* \(CUDA out of memory\. Tried to allocate"
+    with pytest.raises(InputError, match=told):
+        list(module_align_images([encoded(NO_FACE)], PARAMS, evaluation=False, device="cpu"))

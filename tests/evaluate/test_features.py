@@ -149,7 +149,9 @@ def test_a_gpu_too_small_is_told_with_what_to_change() -> None:
     def full(images: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
 
-    told = r"^mine: .* 2 faces at a time: lower evaluate\.batch, or .* \(CUDA out of memory\. Tried to allocate 2\.00 G"
+    told = (
+        r"^the GPU's memory is too small: lower evaluate\.batch, or .* \(CUDA out of memory\. Tried to allocate 2\.00 G"
+    )
     with pytest.raises(InputError, match=told):
         embed(model(full), np.zeros((2, 112, 112, 3), np.uint8))
 

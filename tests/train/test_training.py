@@ -253,7 +253,7 @@ def test_a_gpu_too_small_is_told_with_what_to_change(
     with pytest.raises(InputError) as told:
         train.run(tmp_path / "models", tmp_path / "checkpoints", cached)
     assert str(told.value) == (
-        "the GPU's memory is too small for this training: raise train.micro_batches, set train.recompute to true, "
+        "the GPU's memory is too small: raise train.micro_batches, set train.recompute to true, "
         + ("" if cache == "none" else "set machine.cache, now device, to host or none, ")
         + "or lower train.batch (CUDA out of memory. Tried to allocate 2.00 GiB)"
     )
