@@ -51,7 +51,7 @@ STREAMING_NEEDS = ["transformers", "brotli", "python-snappy", "zstd", "pillow", 
 PACKAGES = ("torch", "numpy", "simplejpeg", "pyarrow", "imagehash")
 FACES, BATCH, ROUNDS = 20_000, 128, 5
 CASIA_IMAGES, CASIA_IDENTITIES = 494_414, 10_575
-WARM_UP, TIMED = 20, 120
+WARM_UP, TIMED, TURNS = 20, 120, 15
 
 
 def section(params: Params) -> Shard:
@@ -85,10 +85,10 @@ def real_faces(aligned: Path) -> tuple[list[bytes], list[str]]:
     return table["image"].to_pylist(), table["identity"].to_pylist()
 
 
-def write_shards(faces: list[bytes], people: list[str], work: Path) -> tuple[list[bytes], list[int]]:
-    """Shards of FACES rows; the faces, sorted by person, and the label of each row."""
+def write_shards(faces: list[bytes], people: list[str], work: Path, rows: int = FACES) -> tuple[list[bytes], list[int]]:
+    """Shards of so many rows; the faces, sorted by person, and the label of each row."""
     number = {name: i for i, name in enumerate(sorted(set(people)))}
-    labels = sorted(number[name] for name in islice(cycle(people), FACES))
+    labels = sorted(number[name] for name in islice(cycle(people), rows))
     by_person = [face for _, face in sorted(zip(people, faces, strict=True), key=lambda item: item[0])]
     write_aligned(work / "aligned", by_person, labels)
     params = load_params(ROOT / "params.yaml")
@@ -131,6 +131,23 @@ def reading(faces: list[bytes], people: list[str], peers: Path, work: Path) -> d
             | {"the fastest peer of each round": spread(rounds["ours"] / best)},
         }
     return result | {"peers": versions}
+
+
+def by_turns(faces: list[bytes], people: list[str], work: Path) -> dict[str, Any]:
+    """Ours and decoding alone by turns in one process, after the first epoch; more shards than the loader holds."""
+    write_shards(faces, people, work, 2 * FACES)
+    result: dict[str, Any] = {"faces": 2 * FACES, "rounds": TURNS}
+    for batch in (128, 512):
+        for count in (1, 2):
+            command = [sys.executable, __file__, "--read", "by turns", work, count, batch]
+            rates = json.loads(on_cores(count, command).splitlines()[-1])["rates"]
+            ours, decode = np.asarray(rates).T
+            result[f"batch {batch}, {count} cores"] = {
+                "images_per_second": {"decode": round(float(np.median(decode))), "ours": round(float(np.median(ours)))},
+                "share_of_decode_alone": spread(ours / decode)
+                | {"quartiles": np.percentile(ours / decode, (25, 75)).round(3).tolist()},
+            }
+    return result
 
 
 def augmenting(faces: list[bytes], people: list[str], work: Path) -> dict[str, Any]:
@@ -183,7 +200,9 @@ def read(name: str, work: Path, count: int, batch: int) -> None:
     torch.set_num_threads(1)
     keep_memory()
     if name == "decode":
-        print(json.dumps({"rate": decode_alone(work, count)}))
+        decode_alone = decoding(work, count)
+        decode_alone()
+        print(json.dumps({"rate": decode_alone()}))
         return
     params = load_params(ROOT / "params.yaml")
     train = Train.model_validate(params.train.model_dump() | {"batch": batch})
@@ -203,16 +222,27 @@ def read(name: str, work: Path, count: int, batch: int) -> None:
         cache_folder=work / "decoded",
     )
     with closing(iter(loader)) as batches:
-        for _ in range(WARM_UP):
-            next(batches)
-        started = time.perf_counter()
-        for _ in range(TIMED):
-            assert len(next(batches).labels) == batch
-        print(json.dumps({"rate": TIMED * batch / (time.perf_counter() - started)}))
+
+        def rate(images: int) -> float:
+            started = time.perf_counter()
+            for _ in range(images // batch):
+                assert len(next(batches).labels) == batch
+            return images / (time.perf_counter() - started)
+
+        if name != "by turns":
+            rate(WARM_UP * batch)
+            print(json.dumps({"rate": rate(TIMED * batch)}))
+            return
+        decode_alone, rates = decoding(work, count), []
+        rate(2 * FACES)
+        for _ in range(TURNS):
+            rate(FACES // 2)  # what was made while it was decoding's turn, and more
+            rates.append((rate(FACES), decode_alone()))
+        print(json.dumps({"rates": rates}))
 
 
-def decode_alone(work: Path, count: int) -> float:
-    """The ceiling: JPEGs in memory to pixels in a batch's buffer, the fastest way we know, a thread a core."""
+def decoding(work: Path, count: int) -> Callable[[], float]:
+    """The ceiling, images/s: JPEGs in memory to a buffer for a batch, the fastest way we know, a thread a core."""
     images = tables.read_parts(work / "aligned", tables.ALIGNED, ["image"])["image"].to_pylist()
     buffer = unaligned((count, BATCH, 112, 112, 3))
 
@@ -220,11 +250,15 @@ def decode_alone(work: Path, count: int) -> float:
         for i, image in enumerate(images[thread::count]):
             simplejpeg.decode_jpeg(image, "RGB", buffer=buffer[thread, i % BATCH])
 
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(decode, range(count)))
+    pool = ThreadPoolExecutor(count)
+
+    def rate() -> float:
+        time.sleep(0.5)  # a loader beside it makes batches ahead, and then waits
         started = time.perf_counter()
         list(pool.map(decode, range(count)))
         return len(images) / (time.perf_counter() - started)
+
+    return rate
 
 
 def mixing(work: Path) -> dict[str, Any]:
@@ -363,7 +397,7 @@ def main() -> None:
         read(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="reading,augmenting,mixing,writing,cleaning")
+    parser.add_argument("--only", default="reading,by_turns,augmenting,mixing,writing,cleaning")
     parser.add_argument("--faces", type=Path, default=ROOT.parent / "shared" / "faces")
     parser.add_argument("--aligned", type=Path, help="a folder of the aligned table, instead of --faces")
     parser.add_argument("--peers", type=Path, default=ROOT / ".peers" / "loader")
@@ -374,6 +408,7 @@ def main() -> None:
         faces, people = real_faces(aligned)
         sections: dict[str, Callable[[], dict[str, Any]]] = {
             "reading": lambda: reading(faces, people, environment_of_peers(arguments.peers), work),
+            "by_turns": lambda: by_turns(faces, people, work),
             "augmenting": lambda: augmenting(faces, people, work),
             "mixing": lambda: mixing(work),
             "writing": lambda: writing(faces, work),

@@ -1,7 +1,7 @@
 """Reading shards: any rows of a split, from a folder or any address that fsspec knows, by whole row groups."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -205,6 +205,31 @@ class _Group:
         self.labels: NDArray[np.int32] = table["label"].to_numpy()
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded images where they lie: each becomes a view only when its turn comes, for thousands of views kept at hand
+    would keep Python's garbage collector busy.
+    """
+
+    groups: list[memoryview]
+    """The images of some row groups."""
+    group: NDArray[np.intp]
+    """(images,): in which of them each lies."""
+    begin: NDArray[np.int64]
+    end: NDArray[np.int64]
+    """(images,): where in it, bytes."""
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def __getitem__(self, some: slice) -> "Encoded":
+        return Encoded(self.groups, self.group[some], self.begin[some], self.end[some])
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for group, begin, end in zip(self.group.tolist(), self.begin.tolist(), self.end.tolist(), strict=True):
+            yield self.groups[group][begin:end]
+
+
 class Rows:
     """Any rows of a split, with the row groups read lately or expected soon at hand. Threads may share it."""
 
@@ -231,20 +256,14 @@ class Rows:
     def _load(self, group: int) -> _Group:
         return _Group(self._split.read(group))
 
-    def read(self, rows: NDArray[np.int64]) -> tuple[list[memoryview], NDArray[np.int32]]:
-        """The encoded images, as views of what was read, and the labels of some rows."""
-        group_of = np.searchsorted(self._split.starts, rows, side="right") - 1
-        loads = self.expect(np.unique(group_of).tolist())
-        images, labels = [_EMPTY] * len(rows), np.empty(len(rows), np.int32)
-        for number, load in loads.items():
-            group = load.result()
-            places = np.flatnonzero(group_of == number)
+    def read(self, rows: NDArray[np.int64]) -> tuple[Encoded, NDArray[np.int32]]:
+        """The encoded images, where they were read to, and the labels of some rows."""
+        numbers, group = np.unique(np.searchsorted(self._split.starts, rows, side="right") - 1, return_inverse=True)
+        groups = [load.result() for load in self.expect(numbers.tolist()).values()]
+        begin, end, labels = np.empty_like(rows), np.empty_like(rows), np.empty(len(rows), np.int32)
+        for i, (number, at_hand) in enumerate(zip(numbers.tolist(), groups, strict=True)):
+            places = np.flatnonzero(group == i)
             within = rows[places] - self._split.starts[number]
-            labels[places] = group.labels[within]
-            begins, ends = group.starts[within].tolist(), group.starts[within + 1].tolist()
-            for place, begin, end in zip(places.tolist(), begins, ends, strict=True):
-                images[place] = group.data[begin:end]
-        return images, labels
-
-
-_EMPTY = memoryview(b"")
+            begin[places], end[places] = at_hand.starts[within], at_hand.starts[within + 1]
+            labels[places] = at_hand.labels[within]
+        return Encoded([at_hand.data for at_hand in groups], group, begin, end), labels

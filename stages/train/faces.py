@@ -1,6 +1,6 @@
 """From an aligned face's JPEG to the pixels that a network sees."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import numpy as np
@@ -64,7 +64,7 @@ def unaligned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 
 def decode_all(
-    jpegs: Sequence[bytes | memoryview],
+    jpegs: Iterable[bytes | memoryview],
     pixels: NDArray[np.uint8],
     where: Callable[[int], str],
     order: Literal["RGB", "BGR"] = "RGB",

@@ -28,7 +28,7 @@ from pipeline.errors import InputError
 from pipeline.executor import cores, keep_memory
 from pipeline.params import BalancedSampling, Face, Machine, Train
 from pipeline.tables import TableError
-from stages.shard.reader import Rows, Split
+from stages.shard.reader import Encoded, Rows, Split
 from stages.train.augment import Draws, ImageAugmenter, crop, crop_and_flip, draw, mirror
 from stages.train.cache import device_cache, host_cache
 from stages.train.faces import HEIGHT, decode_all, unaligned
@@ -302,8 +302,8 @@ class _Plan:
     rows: NDArray[np.int64]
     labels: NDArray[np.int64]
     draws: Draws
-    jpegs: list[memoryview]
-    """None of them with a cache."""
+    jpegs: Encoded | None
+    """None with a cache."""
 
 
 class _Builder:
@@ -336,9 +336,10 @@ class _Builder:
         starts = [iteration * params.batch + of._rank * share for iteration in iterations]
         rows, epochs = map(np.stack, zip(*(of._sampling.rows(start, start + share) for start in starts), strict=True))
         rows, draws = draw(params.augment, params.seed, epochs, rows, of._face.size, params.backbone.width)
-        jpegs, labels = ([], of._labels[rows]) if cached else self._rows.read(rows.reshape(-1))
+        jpegs, labels = (None, of._labels[rows]) if cached else self._rows.read(rows.reshape(-1))
         labels = labels.reshape(rows.shape).astype(np.int64)
-        return [_Plan(rows[i], labels[i], draws[i], jpegs[i * share : (i + 1) * share]) for i in range(len(starts))]
+        parts = [jpegs and jpegs[i : i + share] for i in range(0, rows.size, share)]
+        return [_Plan(*plan) for plan in zip(rows, labels, draws, parts, strict=True)]
 
     def memory(self, batches: int) -> Tensor:
         """What so many batches are made in: as faces.unaligned; for a GPU, memory that it reads by itself.
@@ -382,6 +383,7 @@ class _Builder:
             if of._host is not None:
                 np.take(of._host, plan.rows[start:stop], axis=0, out=faces, mode="clip")
             else:
+                assert plan.jpegs is not None
                 names = functools.partial(_name, of._split, plan.rows[start:stop])
                 decode_all(plan.jpegs[start:stop], faces, names, "BGR" if flip else "RGB")
             if faces is not places:
