@@ -231,27 +231,25 @@ class Encoded:
 
 
 class Rows:
-    """Any rows of a split, with the row groups read lately or expected soon at hand. Threads may share it."""
+    """Any rows of a split, with the row groups read lately or expected soon at hand; for one thread."""
 
     def __init__(self, split: Split, groups: int) -> None:
         """At most so many groups are held, more only while one call needs them."""
         self._split, self._most = split, groups
         self._loads: OrderedDict[int, Future[_Group]] = OrderedDict()
-        self._lock = Lock()
         self._reader = ThreadPoolExecutor(1, "reader")
 
     def expect(self, groups: Iterable[int]) -> dict[int, Future[_Group]]:
         """Begin to read row groups that will be wanted, those at hand excepted."""
-        with self._lock:
-            loads = {}
-            for group in groups:
-                if group not in self._loads:
-                    self._loads[group] = self._reader.submit(self._load, group)
-                self._loads.move_to_end(group)
-                loads[group] = self._loads[group]
-            while len(self._loads) > max(len(loads), self._most):
-                self._loads.popitem(last=False)
-            return loads
+        loads = {}
+        for group in groups:
+            if group not in self._loads:
+                self._loads[group] = self._reader.submit(self._load, group)
+            self._loads.move_to_end(group)
+            loads[group] = self._loads[group]
+        while len(self._loads) > max(len(loads), self._most):
+            self._loads.popitem(last=False)
+        return loads
 
     def _load(self, group: int) -> _Group:
         return _Group(self._split.read(group))

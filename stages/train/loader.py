@@ -177,11 +177,14 @@ class Loader(IterableDataset[Batch]):
         else:
             most, together = 2, 1  # they take its memory, too
         ahead: deque[Future[list[Batch]]] = deque()
-        with ThreadPoolExecutor(threads, "loader") as pool:
+        pool = ThreadPoolExecutor(threads, "loader")
+        try:
             for plans in builder.plans(self._iteration, together=together):
                 ahead.append(pool.submit(builder.build, plans, builder.memory(together)))
                 if len(ahead) > most:
                     yield from ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _by_processes(self) -> Iterator[Batch]:
         # Forked off a process that has only imported these: a fork of this one would not have its threads, but the
