@@ -71,6 +71,8 @@ def decode_reduced(content: bytes, reduction: Callable[[int, int], int]) -> tupl
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if max(image.size) > _MAX_SIDE:
                     raise UnreadableImage(f"too large: {image.width}×{image.height} pixels")
+                if image.mode == "F" or (image.format == "TIFF" and image.mode == "I"):
+                    raise UnreadableImage("floating-point or 32-bit samples, whose range is unknown")
                 if image.format == "JPEG" and image.mode in ("RGB", "L") and _upright(image):
                     by = reduction(image.height, image.width)
                     fast = _jpeg(content, -(-image.height // by), -(-image.width // by))
@@ -108,6 +110,4 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # a palette may hold colours only for what is not transparent
-    elif image.mode == "F":
-        raise UnreadableImage("floating-point samples, whose range is unknown")
     return np.asarray(image.convert("RGB"))

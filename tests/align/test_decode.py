@@ -125,6 +125,8 @@ def test_what_follows_the_end_of_a_jpeg_does_no_harm() -> None:
         (encoded(NOISE, "WEBP", lossless=True)[:-500], "broken image"),
         (encoded(np.zeros((9_500, 9_500), np.uint8), "PNG", "1"), "too large"),
         (encoded(np.zeros((1, 32_767), np.uint8), "PNG", "1"), "too large: 32767×1 pixels"),
+        (encoded(GREY / np.float32(255), "TIFF", "F"), "range is unknown"),
+        (encoded(GREY.astype(np.int32), "TIFF", "I"), "range is unknown"),
     ],
 )
 def test_unreadable_images_say_why(content: bytes, reason: str) -> None:
