@@ -9,6 +9,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ from pipeline.params import Machine
 from pipeline.progress import bar
 
 if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
+
     import torch
 
 T = TypeVar("T")
@@ -39,11 +42,15 @@ _PATIENCE = 30
 _CODE = (Path(__file__).parent, Path(__file__).parents[1] / "stages")
 _START = "`dask scheduler --host 127.0.0.1`, then `dask worker tcp://127.0.0.1:8786 --nthreads 1 --memory-limit 2GiB`"
 
+_worker: int | None = None
+"""Which of the processes of `_local_pool` this is, from 0; None in any other."""
+
 _TLS = tuple(f"DASK_DISTRIBUTED__COMM__TLS__{name}" for name in ("CA_FILE", "CLIENT__CERT", "CLIENT__KEY"))
 
 
 def choose_device(name: str) -> "torch.device":
-    """The device of `machine.device`: auto takes a GPU where there is one.
+    """The device of `machine.device`: auto takes a GPU where there is one; of several, the workers of `run_all` on this
+    machine take theirs by turns.
 
     Whatever it is, torch takes no more threads from here on than `cores`: of a container's quota it does not know, and
     more would wait for each other.
@@ -56,7 +63,11 @@ def choose_device(name: str) -> "torch.device":
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("machine.device: cuda was asked for, but torch sees no GPU; use auto or cpu")
     torch.set_num_threads(min(torch.get_num_threads(), cores()))
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if _worker is not None:
+        torch.cuda.set_device(_worker % torch.cuda.device_count())
+    return torch.device("cuda")
 
 
 @contextmanager
@@ -159,13 +170,23 @@ def run_all(
             _locally(call, tasks, results, done, _processes(machine, len(tasks), most), machine.threads)
         else:
             with _cluster(machine) as executor:
-                _collect(executor, call, tasks, results, done)
+                _collect(executor, functools.partial(_checked, _code(), call), tasks, results, done)
     return [results[i] for i in range(len(tasks))]
 
 
 def _prepared(threads: int, function: Callable[..., T], *task: Any) -> T:
     prepare_worker(threads)
     return function(*task)
+
+
+def _checked(code: str, call: Callable[..., T], *task: Any) -> T:
+    """For workers that have joined after `_check_workers`."""
+    if code != _code():
+        raise InputError(
+            f"machine.executor: a Dask worker on {socket.gethostname()} that joined meanwhile runs another version of "
+            "this project's code; finished parts are kept"
+        )
+    return call(*task)
 
 
 def _collect(
@@ -242,10 +263,16 @@ def _local_pool(workers: int, threads: int) -> Executor:
     """Fresh processes, none of which outlives this one."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)  # read by a worker before any code of ours runs in it
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _die_with_parent)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, _begin, (context.Value("i", 0),))
 
 
-def _die_with_parent() -> None:
+def _begin(begun: "Synchronized[int]") -> None:
+    """Take a number, counting those that have `begun`, and do not outlive the parent."""
+    global _worker
+    with begun.get_lock():
+        _worker = begun.value
+        begun.value += 1
     parent = multiprocessing.parent_process()
     assert parent is not None
 

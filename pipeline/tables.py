@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -150,7 +151,7 @@ def atomic(path: Path) -> Iterator[Path]:
         OSError: the system refuses, for want of space for one; names `path` where the system names no file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -162,6 +163,12 @@ def atomic(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that writers who were killed have left in a folder and those below."""
+    for left in folder.rglob(".*.tmp"):
+        left.unlink()
 
 
 def parts(folder: Path) -> list[Path]:
@@ -327,12 +334,12 @@ def resumable(folder: Path, key: str) -> Iterator[Path]:
     with locked(folder):
         if unfinished.exists():
             log.info("%s: going on after an interrupted run", folder)
-            for stale in unfinished.glob(".*.tmp"):
-                stale.unlink()
+            remove_leftovers(unfinished)
         elif begun.exists():
             shutil.rmtree(begun)
         unfinished.mkdir(parents=True, exist_ok=True)
         yield unfinished
+        remove_leftovers(unfinished)  # of workers, where one was lost
         shutil.rmtree(folder)
         unfinished.replace(folder)
         begun.rmdir()

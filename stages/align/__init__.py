@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import simplejpeg
+import torch
 from numpy.typing import NDArray
 
 from pipeline import tables
@@ -32,7 +33,7 @@ _MADE = pa.schema([field for field in tables.ALIGNED if field.name not in COPIED
 """The columns that alignment makes."""
 _BATCH_IMAGES, _BATCH_PIXELS = 64, 1 << 24
 """A batch closes at either: memory stays bounded however large the photographs are."""
-GPU_WORKERS = 8
+_GPU_WORKERS = 8
 """Most processes that share a GPU: each holds some 500 MB of it."""
 
 
@@ -85,10 +86,16 @@ def run(raw: Path, out: Path, params: Align, machine: Machine, *, evaluation: bo
             label=f"align {raw.name}",
             unit="images",
             sizes=[tables.rows(task[0]) for task in tasks],
-            most=GPU_WORKERS if device == "cuda" else None,
+            most=most_workers(device),
         )
+        tables.remove_leftovers(out)  # of workers that were killed
         rmtree(aside)
     return write_page(raw, out, report, params, evaluation=evaluation)
+
+
+def most_workers(device: str) -> int | None:
+    """How many processes of this machine may align on `device`, "cpu" or "cuda"; None for as many as there are."""
+    return _GPU_WORKERS * torch.cuda.device_count() if device == "cuda" else None
 
 
 def _align_part(

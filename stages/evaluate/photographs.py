@@ -25,7 +25,7 @@ from pipeline.executor import choose_device, cores, run_all
 from pipeline.params import Align, Params
 from pipeline.progress import bar
 from pipeline.tracking import MODEL_TAG
-from stages.align import GPU_WORKERS, align_images
+from stages.align import align_images, most_workers
 from stages.align.decode import UnreadableImage, decode
 from stages.download.archives import folder_members
 from stages.download.layouts import why_no_photograph
@@ -203,7 +203,7 @@ def _align(
         label="aligning",
         unit="images",
         sizes=[len(part) for part in parts],
-        most=GPU_WORKERS if device == "cuda" else None,
+        most=most_workers(device),
     )
     return (
         [_identified(photograph) | row for photograph, row in zip(part, _rows(target), strict=True)]

@@ -28,6 +28,7 @@ from PIL import Image
 import stages.align
 from pipeline import tables
 from pipeline.errors import InputError
+from pipeline.executor import run_all
 from pipeline.params import Align, Detector, Face, Machine
 from stages.align import align_images as module_align_images
 from stages.align import reduction, run
@@ -191,7 +192,14 @@ def test_other_encodings_give_the_same_face(aligned: Path, name: str) -> None:
     assert np.corrcoef(faces[0].ravel(), faces[1].ravel())[0, 1] > 0.95
 
 
-def test_two_workers_write_the_same_bytes(raw: Path, aligned: Path, tmp_path: Path) -> None:
+def test_two_workers_write_the_same_bytes_though_another_was_killed(
+    raw: Path, aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def and_one_was_killed(*arguments: Any, **details: Any) -> list[None]:
+        (tmp_path / "train" / ".part-00001.parquet.99.tmp").write_bytes(b"half a file")
+        return run_all(*arguments, **details)
+
+    monkeypatch.setattr(stages.align, "run_all", and_one_was_killed)
     out = tmp_path / "train"
     run(raw, out, PARAMS, machine(2), evaluation=False, report=tmp_path / "reports" / "train")
     assert files(out, tmp_path / "reports" / "train") == files(aligned, aligned.parent / "reports" / "train")

@@ -51,6 +51,25 @@ def test_results_in_order_from_workers_of_so_many_threads(workers: int, threads:
     assert results == [(i * i, threads) for i in range(9)]
 
 
+def which(_: int) -> int | None:
+    time.sleep(0.5)
+    return executor._worker
+
+
+def test_workers_share_the_gpus_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three; they are numbered, and take them by turns."""
+    assert set(run_all(which, [(i,) for i in range(4)], machine=machine(), label="asking", unit="answers")) == {0, 1}
+
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for number in (None, 0, 1, 2, 3):
+        monkeypatch.setattr(executor, "_worker", number)
+        assert choose_device("auto") == torch.device("cuda")
+    assert taken == [0, 1, 2, 0]
+
+
 def test_the_first_failure_is_raised() -> None:
     with pytest.raises(ValueError, match="three is not liked"):
         run_all(fail_at_three, [(i,) for i in range(9)], machine=machine(), label="trying", unit="numbers")
@@ -222,6 +241,8 @@ def test_a_cluster_that_cannot_do_the_work_is_refused(
         file.write("# changed\n")
     with worker(scheduler, code=tmp_path):
         refused("runs another version of this project's code")
+        monkeypatch.setattr(executor, "_check_workers", lambda *_: None)  # as if it had joined later
+        refused("a Dask worker on .* that joined meanwhile runs another version of this project's code")
 
 
 def test_a_scheduler_that_goes_away_is_one_clear_error(tmp_path: Path) -> None:

@@ -120,6 +120,10 @@ def test_resumable_keeps_unfinished_work_of_the_same_key_only(tmp_path: Path) ->
     assert [interrupted(folder, key, 0) for key in "aab"] == [False, True, False]
     with resumable(folder, "b") as unfinished:
         assert [path.name for path in unfinished.iterdir()] == ["part-00000.parquet"]
+        (unfinished / "train").mkdir()
+        (unfinished / "train" / ".part-00000.parquet.99.tmp").write_text("by a worker that was killed")
+    assert not list((folder / "train").iterdir())
+    (folder / "train").rmdir()
     assert [path.name for path in folder.iterdir()] == ["part-00000.parquet"]
     with resumable(folder, "b") as unfinished:  # finished: whoever runs it again wants it anew
         assert not list(unfinished.iterdir())
