@@ -348,15 +348,17 @@ def params() -> None:
 
 
 @shards.command()
-def verify(folder: Annotated[Path, typer.Argument(help="Of the shards.")] = Path("data/shards")) -> None:
+def verify(
+    location: Annotated[str, typer.Argument(help="Of the shards: a folder, or an address.")] = "data/shards",
+) -> None:
     """Check every file against its SHA-256, and every row's image and label."""
-    from pipeline.params import load_params
+    from pipeline.params import load_params, shown
     from pipeline.progress import configure_logging
     from stages.shard.verify import verify
 
     configure_logging()
-    seen = verify(folder, load_params().machine)
-    print(f"{folder}: {seen.files} files, {seen.rows:,} examples, all as index.json says")
+    seen = verify(location, load_params().machine)
+    print(f"{shown(location)}: {seen.files} files, {seen.rows:,} examples, all as index.json says")
 
 
 def _terminate(*_: Any) -> NoReturn:
