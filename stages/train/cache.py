@@ -1,6 +1,9 @@
 """The decoded training set: faces as uint8, in memory that processes share, or on a GPU."""
 
+import errno
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,10 +31,10 @@ def host_cache(split: Split, size: tuple[int, int], folder: Path) -> NDArray[np.
     """The faces of a split, (rows, height, width, 3) uint8 RGB, as a file mapped into memory.
 
     All processes that map it share the same pages. It stays: another training on the same shards, or one that goes on
-    after an interruption, has nothing to decode. Those of other shards go.
+    after an interruption, has nothing to decode. Those of other shards go, and what one that was killed has left.
 
     Raises:
-        InputError: memory is too small for it.
+        InputError: memory, or the disk, is too small for it.
         FaceError: an image that cannot be decoded; the message names it.
     """
     shape = (len(split), *size, 3)
@@ -40,10 +43,11 @@ def host_cache(split: Split, size: tuple[int, int], folder: Path) -> NDArray[np.
     folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / ".lock"):
         if not path.exists():
-            for other in folder.glob("*.uint8"):
+            for other in folder.glob("*.uint8*"):  # unfinished ones, too: who holds the lock is the only one who writes
                 other.unlink()
             with tables.atomic(path) as temporary:
-                decoded = np.memmap(temporary, np.uint8, "w+", shape=shape)
+                _allocate(temporary, int(np.prod(shape)))
+                decoded = np.memmap(temporary, np.uint8, "r+", shape=shape)
                 _decode(split, lambda start, faces: np.copyto(decoded[start : start + len(faces)], faces), size)
                 decoded.flush()
     return np.memmap(path, np.uint8, "r", shape=shape)
@@ -70,6 +74,25 @@ def _check_room(needed: int, room: int, name: str) -> None:
             f"machine.cache: {name} needs {needed / 1e9:.1f} GB for the decoded faces, and there are "
             f"{room / 1e9:.1f} GB; set it to none"
         )
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Make a file of so many bytes that has its room on the disk: who writes to a map of one that has none is killed by
+    a signal, without a word, once the disk is full.
+    """
+    free = shutil.disk_usage(path.parent).free
+    with path.open("wb") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            elif size > free:  # macOS has no such call
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise InputError(
+                f"{path.parent}: machine.cache: host needs {size / 1e9:.1f} GB here for the decoded faces, and "
+                f"{free / 1e9:.1f} GB are free ({error.strerror}): make room, put a link to a folder elsewhere in its "
+                "place, or set machine.cache to none"
+            ) from error
 
 
 def _decode(split: Split, put: Callable[[int, NDArray[np.uint8]], object], size: tuple[int, int]) -> None:

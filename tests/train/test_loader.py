@@ -1,3 +1,4 @@
+import errno
 import io
 import multiprocessing
 import os
@@ -210,8 +211,9 @@ def test_balanced_batches(shards: Shards, params: Params, tmp_path: Path) -> Non
 
 def test_a_host_cache_is_made_once_and_others_go(shards: Shards, params: Params, tmp_path: Path) -> None:
     (tmp_path / "old.uint8").write_bytes(b"of other shards")
+    (tmp_path / ".old.uint8.123.tmp").write_bytes(b"what was killed leaves")
     make(shards, section(params), cache="host", cache_folder=tmp_path)
-    (made,) = tmp_path.glob("*.uint8")
+    (made,) = tmp_path.glob("*.uint8*")
     assert made.stat().st_size == 30 * 112 * 112 * 3
     before = made.stat().st_mtime_ns
     make(shards, section(params), cache="host", cache_folder=tmp_path)
@@ -224,6 +226,32 @@ def test_a_cache_that_has_no_room_is_refused(shards: Shards, params: Params, mon
     monkeypatch.setattr(cache, "_SHARE", 1e-9)
     with pytest.raises(InputError, match=r"machine\.cache: device needs 0\.0 GB"):
         make(shards, section(params), cache="device")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="macOS has no such call")
+def test_a_host_cache_has_its_room_on_the_disk_before_it_is_written(
+    shards: Shards, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a full disk would end in SIGBUS."""
+    from stages.train import cache
+
+    def look(*_: Any) -> None:
+        (begun,) = tmp_path.glob("*.tmp")
+        assert 512 * begun.stat().st_blocks >= 30 * 112 * 112 * 3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "_decode", look)
+    with pytest.raises(KeyboardInterrupt):
+        make(shards, section(params), cache="host", cache_folder=tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    told = rf"^{tmp_path}: machine\.cache: host needs 0\.0 GB here .*\(No space left on device\): make room"
+    with pytest.raises(InputError, match=told):
+        make(shards, section(params), cache="host", cache_folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_what_cannot_be_is_said(shards: Shards, params: Params) -> None:
