@@ -1,7 +1,8 @@
 """What happens to a training image before the network sees it.
 
-All of it follows from (seed, epoch, row) alone, whoever does it and when. A flip (the paper's only augmentation) and a
-shift are done here, to whole batches, on the CPU or on a GPU alike; the rest by albumentations, image by image:
+All of it follows from (seed, lap, row) alone, whoever does it and when; and by any sampling a row comes once a lap, so
+that each time something else befalls it. A flip (the paper's only augmentation) and a shift are done here, to whole
+batches, on the CPU or on a GPU alike; the rest by albumentations, image by image:
 
 crop            a part of 60 to 100 % of the area, at most a tenth wider or narrower than it is, enlarged again
 low_resolution  reduced to 15 to 60 % of its side and enlarged again
@@ -45,7 +46,7 @@ class Draws:
 def draw(
     params: Augment,
     seed: int,
-    epochs: NDArray[np.int64],
+    laps: NDArray[np.int64],
     rows: NDArray[np.int64],
     size: tuple[int, int],
     width: int,
@@ -53,12 +54,12 @@ def draw(
     """The draws of some batches, of faces of `size` (height, width) for a network that sees 112×width of them.
 
     Args:
-        epochs: (batches, examples), as `rows`.
+        laps: (batches, examples), as `rows`: what Sampling gives with them.
 
     Returns:
         The rows in their new order, in each batch those to be mirrored first; and what befalls them in that order.
     """
-    u = uniforms(seed, epochs.reshape(-1), rows.reshape(-1), 4).reshape(*rows.shape, 4)
+    u = uniforms(seed, laps.reshape(-1), rows.reshape(-1), 4).reshape(*rows.shape, 4)
     flip = u[..., 0] < params.horizontal_flip
     order = np.argsort(~flip, axis=1, kind="stable")
     u = np.take_along_axis(u, order[..., None], axis=1)

@@ -71,7 +71,8 @@ class Loader(IterableDataset[Batch]):
     threads or worker processes, or on the cache. Of each batch a rank takes its own equal share.
 
     Threads make batches ahead, or W processes of which each makes every W-th; batches arrive on the device.
-    Behind a `DataLoader(loader, batch_size=None, num_workers=W)` they stay on the host.
+    Behind a `DataLoader(loader, batch_size=None, num_workers=W)` they stay on the host, and whoever takes them has to
+    count them: this object hands none of them out, so its `state_dict` stays where it was.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Loader(IterableDataset[Batch]):
         return len(self._split) / self._params.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is: the iteration whose batch comes next."""
+        """Where it is: the iteration whose batch it hands out next."""
         return {"iteration": self._iteration}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -337,8 +338,8 @@ class _Builder:
             for groups in of._sampling.pools(iterations.start * params.batch, 2):
                 self._rows.expect(groups)
         starts = [iteration * params.batch + of._rank * share for iteration in iterations]
-        rows, epochs = map(np.stack, zip(*(of._sampling.rows(start, start + share) for start in starts), strict=True))
-        rows, draws = draw(params.augment, params.seed, epochs, rows, of._face.size, params.backbone.width)
+        rows, laps = map(np.stack, zip(*(of._sampling.rows(start, start + share) for start in starts), strict=True))
+        rows, draws = draw(params.augment, params.seed, laps, rows, of._face.size, params.backbone.width)
         jpegs, labels = (None, of._labels[rows]) if cached else self._rows.read(rows.reshape(-1))
         labels = labels.reshape(rows.shape).astype(np.int64)
         parts = [jpegs and jpegs[i : i + share] for i in range(0, rows.size, share)]

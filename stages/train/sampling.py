@@ -22,7 +22,7 @@ class Sampling(Protocol):
     """An endless stream of examples."""
 
     def rows(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows of a split at the places from `start` to below `stop`, and the epoch of each."""
+        """The rows at the places from `start` to below `stop`, and the lap of each; a row comes once a lap."""
         ...
 
 
@@ -41,7 +41,7 @@ class Uniform:
         self._pool = lru_cache(maxsize=4)(self._pool_of)
 
     def rows(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows at the places from `start` to below `stop`, and the epoch of each."""
+        """The rows at the places from `start` to below `stop`, and the lap of each: the epoch."""
         total = int(self._starts[-1])
         rows, epochs = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         while start < stop:
@@ -85,7 +85,7 @@ class Balanced:
 
     A round is a random order of the identities, P at a time; those left over when fewer than P remain wait for
     another round, so that no identity is in a batch twice. Each comes with K of its images, in a random order of their
-    own which begins anew once it is used up. An epoch is as many places as there are rows.
+    own which begins anew once it is used up: the next lap of that identity.
     """
 
     def __init__(self, labels: NDArray[np.int32], identities: int, images: int, seed: int) -> None:
@@ -94,7 +94,7 @@ class Balanced:
         Raises:
             InputError: there are fewer than P identities.
         """
-        self._images, self._seed, self._total = images, seed, len(labels)
+        self._images, self._seed = images, seed
         order = np.argsort(labels, kind="stable")
         self._of = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
         if len(self._of) < identities:
@@ -106,17 +106,17 @@ class Balanced:
         self._lap = lru_cache(maxsize=1024)(self._lap_of)
 
     def rows(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows at the places from `start` to below `stop`, and the epoch of each."""
-        places = np.arange(start, stop)
-        rows = [self._row(*divmod(place, self._images)) for place in places.tolist()]
-        return np.asarray(rows, np.int64), places // self._total
+        """The rows at the places from `start` to below `stop`, and the lap of each: its identity's."""
+        found = [self._row(*divmod(place, self._images)) for place in range(start, stop)]
+        rows, laps = np.asarray(found, np.int64).reshape(-1, 2).T
+        return rows, laps
 
-    def _row(self, turn: int, image: int) -> int:
-        """The row of the image-th image of the turn-th identity."""
+    def _row(self, turn: int, image: int) -> tuple[int, int]:
+        """The row of the image-th image of the turn-th identity, and its lap."""
         number, place = divmod(turn, self._turns)
         identity = int(self._round(number)[place])
         lap, which = divmod(number * self._images + image, len(self._of[identity]))
-        return int(self._of[identity][self._lap(identity, lap)[which]])
+        return int(self._of[identity][self._lap(identity, lap)[which]]), lap
 
     def _round_of(self, number: int) -> NDArray[np.int64]:
         return np.random.default_rng([self._seed, number, 2]).permutation(len(self._of))
@@ -125,17 +125,17 @@ class Balanced:
         return np.random.default_rng([self._seed, identity, lap, 3]).permutation(len(self._of[identity]))
 
 
-def uniforms(seed: int, epochs: NDArray[np.int64], rows: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
-    """Random numbers that belong to an example in an epoch, whoever asks for them and when.
+def uniforms(seed: int, laps: NDArray[np.int64], rows: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
+    """Random numbers that belong to an example in a lap, whoever asks for them and when.
 
-    SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) on (seed, epoch, row, draw).
+    SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) on (seed, lap, row, draw).
 
     Returns:
         (rows, draws) in [0, 1).
     """
     with np.errstate(over="ignore"):
         state = _mix(np.uint64(seed) + _GOLDEN)
-        for part in (epochs[:, None], rows[:, None], np.arange(draws)[None]):
+        for part in (laps[:, None], rows[:, None], np.arange(draws)[None]):
             state = _mix(state + (part.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     mantissa: NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64)
     return mantissa * 2.0**-53

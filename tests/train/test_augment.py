@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from stages.train.augment import ImageAugmenter, crop, crop_and_flip, draw, mirror
 from tests.samples import augment, face_like
 
-ROWS, EPOCHS = np.arange(400)[None], np.zeros((1, 400), np.int64)
+ROWS, LAPS = np.arange(400)[None], np.zeros((1, 400), np.int64)
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def faces() -> np.ndarray:
 def seen(faces: np.ndarray, width: int = 112, **changes: object) -> tuple[np.ndarray, np.ndarray]:
     """The rows in the order of the batch, and what the network sees of them."""
     out = np.empty((len(faces), 112, width, 3), np.uint8)
-    rows, epochs = ROWS[:, : len(faces)], EPOCHS[:, : len(faces)]
-    (order,), (draws,) = draw(augment(**changes), 1, epochs, rows, faces.shape[1:3], width)
+    rows, laps = ROWS[:, : len(faces)], LAPS[:, : len(faces)]
+    (order,), (draws,) = draw(augment(**changes), 1, laps, rows, faces.shape[1:3], width)
     for i, row in enumerate(order.tolist()):
         crop(faces[row], draws, i, out[i])
     if draws.flips:
@@ -45,10 +45,10 @@ def test_flips_are_exact_and_as_often_as_asked(faces: np.ndarray) -> None:
 
 
 def test_batches_drawn_together_are_those_drawn_one_by_one() -> None:
-    params, rows, epochs = augment(shift=2, horizontal_flip=0.5, blur=0.5), ROWS.reshape(8, 50), EPOCHS.reshape(8, 50)
-    order, draws = draw(params, 1, epochs, rows, (120, 120), 112)
+    params, rows, laps = augment(shift=2, horizontal_flip=0.5, blur=0.5), ROWS.reshape(8, 50), LAPS.reshape(8, 50)
+    order, draws = draw(params, 1, laps, rows, (120, 120), 112)
     for i in range(8):
-        (own_order,), (own,) = draw(params, 1, epochs[i : i + 1], rows[i : i + 1], (120, 120), 112)
+        (own_order,), (own,) = draw(params, 1, laps[i : i + 1], rows[i : i + 1], (120, 120), 112)
         assert (order[i] == own_order).all()
         assert draws[i] == own
 
@@ -60,7 +60,7 @@ def test_reversed_bytes_are_a_mirror_image_of_other_colours(faces: np.ndarray) -
 
 
 def test_shifts_are_even_over_what_is_allowed() -> None:
-    _, (draws,) = draw(augment(shift=3), 1, EPOCHS, ROWS, (128, 128), 112)
+    _, (draws,) = draw(augment(shift=3), 1, LAPS, ROWS, (128, 128), 112)
     for corner in (draws.top, draws.left):
         values, counts = np.unique(corner, return_counts=True)
         assert values.tolist() == list(range(5, 12))  # 8 is the middle
@@ -73,7 +73,7 @@ def test_a_device_sees_what_the_host_sees(width: int, size: tuple[int, int]) -> 
     faces = rng.integers(0, 256, (50, *size, 3), dtype=np.uint8)
     changes = {"shift": (size[0] - 112) // 2, "horizontal_flip": 0.5}
     order, out = seen(faces, width, **changes)
-    _, (draws,) = draw(augment(**changes), 1, EPOCHS[:, :50], ROWS[:, :50], size, width)
+    _, (draws,) = draw(augment(**changes), 1, LAPS[:, :50], ROWS[:, :50], size, width)
     assert (crop_and_flip(torch.from_numpy(faces[order]), draws, width).numpy() == out).all()
     for i, (row, top, left) in enumerate(zip(order, draws.top, draws.left, strict=True)):
         expected = faces[row, top : top + 112, left : left + width]

@@ -1,5 +1,7 @@
 import errno
 import io
+import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -91,8 +93,8 @@ def test_batches_hold_the_decoded_pixels_in_rgb(shards: Shards, params: Params) 
 @settings(max_examples=20)
 @given(data=st.data())
 def test_exactly_once_over_ranks_caches_and_interruptions(data: st.DataObject) -> None:
-    """Whatever the shards, ranks and interruptions, with and without a host cache, and however many images are planned
-    and made together: ranks together see every row exactly once an epoch.
+    """Whatever the shards, with and without a host cache, however many images are planned and made together, and by
+    however many ranks, before an interruption and after it: together they see every row exactly once an epoch.
     """
     import tempfile
     from unittest.mock import patch
@@ -105,8 +107,8 @@ def test_exactly_once_over_ranks_caches_and_interruptions(data: st.DataObject) -
         "_AT_ONCE": data.draw(st.integers(1, 5)),
     }
     counts = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=5))
-    world = data.draw(st.sampled_from([1, 2, 3]))
-    batch = max(2, world * data.draw(st.integers(1, 4)))
+    worlds = data.draw(st.tuples(*2 * [st.sampled_from([1, 2, 3])]))
+    batch = max(2, math.lcm(*worlds) * data.draw(st.integers(1, 4)))
     assume(sum(counts) >= batch)
     with tempfile.TemporaryDirectory() as name, patch.multiple(loading, **few):
         made = shard_section(
@@ -122,21 +124,19 @@ def test_exactly_once_over_ranks_caches_and_interruptions(data: st.DataObject) -
         number = {image: row for row, image in enumerate(jpegs(shards))}
         seen: list[int] = []
         iterations = 2 * total // train.batch + 1
-        streams = []
-        for rank in range(world):
-            cut = data.draw(st.integers(0, iterations))
-            options = [
-                {"rank": rank, "world": world, "cache": cache, "cache_folder": Path(name) / "decoded"}
-                for cache in data.draw(st.tuples(*2 * [st.sampled_from(["none", "host"])]))
-            ]
-            first = make(shards, train, **options[0])
-            before = take(first, cut)
-            second = make(shards, train, **options[1])
-            second.load_state_dict(first.state_dict())
-            streams.append(before + take(second, iterations - cut))
-        for of_ranks in zip(*streams, strict=True):
-            assert len({len(batch.labels) for batch in of_ranks}) == 1  # equal for every rank
-            for one in of_ranks:
+        cut = data.draw(st.integers(0, iterations))
+        state = {"iteration": 0}
+        for world, count in zip(worlds, (cut, iterations - cut), strict=True):
+            streams = []
+            for rank in range(world):
+                cache = data.draw(st.sampled_from(["none", "host"]))
+                options = {"cache": cache, "cache_folder": Path(name) / "decoded"}
+                loader = make(shards, train, rank=rank, world=world, **options)
+                loader.load_state_dict(state)
+                streams.append(take(loader, count))
+            state = loader.state_dict()
+            for one in itertools.chain.from_iterable(zip(*streams, strict=True)):
+                assert len(one.labels) == train.batch // world  # equal for every rank
                 for image, label in zip(one.images, one.labels.tolist(), strict=True):
                     row = number[image.permute(1, 2, 0).contiguous().numpy().tobytes()]
                     assert split.labels[row] == label
@@ -207,6 +207,32 @@ def test_balanced_batches(shards: Shards, params: Params, tmp_path: Path) -> Non
     assert equal(take(make(shards, train, cache="device"), 10), host)
     for batch in host:
         assert sorted(np.unique(batch.labels.numpy(), return_counts=True)[1]) == [4, 4]
+
+
+def showings(batches: list[Batch]) -> list[bytes]:
+    """Each picture with its label, in no order."""
+    return sorted(
+        bytes([label]) + image.contiguous().numpy().tobytes()
+        for batch in batches
+        for image, label in zip(batch.images, batch.labels.tolist(), strict=True)
+    )
+
+
+def test_balanced_sampling_shows_a_row_otherwise_each_time(large: Shards, params: Params, tmp_path: Path) -> None:
+    """And the same by several ranks, from memory of either kind, and after an interruption."""
+    augment = {"shift": 8, "horizontal_flip": 0.5}
+    train = section(params, augment=augment, sampling={"name": "balanced", "identities": 2, "images": 4})
+    host: dict[str, Any] = {"cache": "host", "cache_folder": tmp_path}
+    whole = take(make(large, train, **host), 12)
+    assert len(large.split("train")) == 18  # each of them is shown five times
+    assert len(set(showings(whole))) == 12 * 8  # 17×17 shifts, mirrored or not: no two of five are alike but for luck
+    assert equal(take(make(large, train, cache="device"), 12), whole)
+    resumed = make(large, train, **host)
+    resumed.load_state_dict({"iteration": 7})
+    assert equal(take(resumed, 5), whole[7:])
+    one, other = (take(make(large, train, rank=rank, world=2, **host), 12) for rank in (0, 1))
+    for batch, *shares in zip(whole, one, other, strict=True):
+        assert showings(shares) == showings([batch])
 
 
 def test_a_host_cache_is_made_once_and_others_go(shards: Shards, params: Params, tmp_path: Path) -> None:

@@ -68,20 +68,24 @@ def test_laws_of_balanced_sampling(counts: list[int], identities: int, images: i
         return
     stream = Balanced(labels, identities, images, seed)
     batch, batches = identities * images, 2 * (len(counts) // identities)
-    rows, epochs = stream.rows(0, batches * batch)
-    assert (epochs == np.arange(len(rows)) // len(labels)).all()
+    rows, laps = stream.rows(0, batches * batch)
+    assert len({*zip(rows.tolist(), laps.tolist(), strict=True)}) == len(rows)  # a row comes once a lap
     of = labels[rows].reshape(batches, identities, images)
     assert (of == of[:, :, :1]).all()  # `images` of the same identity together
     assert all(len(set(people)) == identities for people in of[:, :, 0])  # no identity twice in a batch
     for of_round in of[:, :, 0].reshape(2, -1):
         assert len(set(of_round)) == len(of_round)  # nor in a round
     half = len(rows) // 2
-    assert (Balanced(labels, identities, images, seed).rows(half, len(rows))[0] == rows[half:]).all()
+    for again, whole in zip(
+        Balanced(labels, identities, images, seed).rows(half, len(rows)), (rows, laps), strict=True
+    ):
+        assert (again == whole[half:]).all()
 
 
 def test_every_image_of_an_identity_comes_before_any_comes_again() -> None:
     labels = np.repeat(np.arange(3, dtype=np.int32), [4, 6, 12])
-    rows, _ = Balanced(labels, 3, 2, 1).rows(0, 3 * 2 * 6)
+    rows, laps = Balanced(labels, 3, 2, 1).rows(0, 3 * 2 * 6)
+    assert laps.tolist() == [rows[:place].tolist().count(row) for place, row in enumerate(rows.tolist())]
     for identity, count in enumerate((4, 6, 12)):
         times = Counter(rows[labels[rows] == identity].tolist())
         assert set(times.values()) == {12 // count}
@@ -89,13 +93,13 @@ def test_every_image_of_an_identity_comes_before_any_comes_again() -> None:
 
 
 def test_random_numbers_belong_to_the_example() -> None:
-    rows, epochs = np.arange(2000), np.zeros(2000, int)
-    u = uniforms(1, epochs, rows, 3)
+    rows, laps = np.arange(2000), np.zeros(2000, int)
+    u = uniforms(1, laps, rows, 3)
     assert u.shape == (2000, 3)
-    assert (uniforms(1, epochs[7:9], rows[7:9], 3) == u[7:9]).all()
+    assert (uniforms(1, laps[7:9], rows[7:9], 3) == u[7:9]).all()
     assert (u >= 0).all()
     assert (u < 1).all()
-    for other in (uniforms(2, epochs, rows, 3), uniforms(1, epochs + 1, rows, 3), uniforms(1, epochs, rows + 5000, 3)):
+    for other in (uniforms(2, laps, rows, 3), uniforms(1, laps + 1, rows, 3), uniforms(1, laps, rows + 5000, 3)):
         assert abs(np.corrcoef(u.ravel(), other.ravel())[0, 1]) < 0.06  # five standard errors of independence
     assert np.abs(np.corrcoef(u.T) - np.eye(3)).max() < 0.12
     counts = np.histogram(u, bins=20, range=(0, 1))[0]
