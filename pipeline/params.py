@@ -23,6 +23,11 @@ PAIRED = ("lfw", "ytf")
 NOTHING_LOCAL = "stages/download"
 """Stands in `watch` where a set has no file on this machine that DVC could watch."""
 
+IMAGES_BYTES = 2**31 - 1
+"""A file's images, at most: Arrow counts the bytes of such a column by 32 bits."""
+JPEG_BYTES = 2.5
+"""An aligned face's, for each of its pixels, at most: pure noise takes 2.4 at quality 100, a face a fifth of that."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -265,7 +270,7 @@ class Shard(Section):
     clean: Clean
     validation: Validation
     shard_rows: Count
-    """Examples in a file."""
+    """Examples in a file. When it is written, they are in memory together."""
     row_group_rows: Count
     """Examples that are read at a time."""
 
@@ -616,6 +621,13 @@ class Params(Section):
         if self.train.augment.by_image and self.machine.cache == "device":
             raise ValueError(
                 "machine.cache: device allows a flip and a shift alone; the rest of train.augment needs host or none"
+            )
+        height, width = self.align.face.size
+        most = int(IMAGES_BYTES / (JPEG_BYTES * height * width))
+        if self.shard.shard_rows > most:
+            raise ValueError(
+                f"shard.shard_rows: at most {most}, not {self.shard.shard_rows}: more faces of {width}×{height} pixels "
+                "may exceed the 2 GiB that the images of a file can have"
             )
         seen, shift = self.train.backbone.width, self.train.augment.shift
         room = min(self.align.face.margin, (self.align.face.size[1] - seen) // 2)

@@ -2,8 +2,8 @@
 
 Two passes, as an external sort has them. First the aligned parts are read once, some at a time, and what they hold is
 written to a spill, ordered by where it goes. Then each group of shards collects its rows from all spills. Neither pass
-holds more than MEMORY_BYTES of images, however many there are: with B bytes in all there are B / MEMORY_BYTES spills,
-of as many batches each.
+holds more than MEMORY_BYTES of images, or one shard where that is larger, however many there are: with B bytes in all
+there are B / MEMORY_BYTES spills, of as many batches each.
 """
 
 import shutil

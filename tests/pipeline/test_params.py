@@ -92,6 +92,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("shard.validation.by", "identity", r"shard\.validation: by identity needs .* an even number of pairs"),
     ("shard.clean.near_duplicates", 33, r"shard\.clean\.near_duplicates: .*less than or equal to 32, not 33"),
     ("shard.clean.lists", ["lfw"], r"shard\.clean\.lists\.0: .*'casia-webface-lfw', not 'lfw'"),
+    ("shard.shard_rows", 70_000, r"shard\.shard_rows: at most 68478, not 70000: more faces of 112×112 pixels .* 2 GiB"),
     ("train.sampling.name", "best", r"train\.sampling: .*'uniform', 'balanced'"),
     ("train.sampling.images", 4, r"train\.sampling\.images: unknown key"),
     (
@@ -183,6 +184,16 @@ def test_an_evaluation_set_needs_its_pairs(tmp_path: Path) -> None:
     content = default()
     content["download"]["lfw"] = archive("a.zip", None, ["a.zip", "stages/download"])
     with pytest.raises(ParamsError, match=r"lfw\.pairs: the path or address of the pair list"):
+        load(tmp_path, content)
+
+
+def test_every_recipe_has_room_in_its_files_for_the_widest_margin(tmp_path: Path) -> None:
+    content = default()
+    content["align"]["face"] |= {"margin": 56, "quality": 100}
+    content["shard"]["shard_rows"] = 16384  # the most that a recipe has
+    assert load(tmp_path, content)
+    content["shard"]["shard_rows"] = 17200
+    with pytest.raises(ParamsError, match=r"shard\.shard_rows: at most 17119, not 17200: more faces of 224×224 pixels"):
         load(tmp_path, content)
 
 
