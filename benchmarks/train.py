@@ -138,7 +138,8 @@ def summary(own: list[dict[str, Any] | None], rounds: dict[str, list[dict[str, A
         other: [
             a["images_per_second"] / b["images_per_second"] for a, b in zip(own, rounds[other], strict=True) if a and b
         ]
-        for other in ("reference fp32", "reference bf16")
+        for other in rounds
+        if other.startswith("reference")
     }
     return medians | {f"times_{other}": spread(values) for other, values in ratios.items() if values}
 

@@ -367,7 +367,9 @@ class _Builder:
         of = self._of
         if of._on_device is not None:
             (plan,) = plans
-            faces = of._on_device.index_select(0, torch.from_numpy(plan.rows).to(of._on_device.device))
+            # not waiting for the copy, which comes after all that the training has queued
+            rows = torch.from_numpy(plan.rows).to(of._on_device.device, non_blocking=True)
+            faces = of._on_device.index_select(0, rows)
             images = crop_and_flip(faces, plan.draws, of._params.backbone.width)
         else:
             for plan, out in zip(plans, np.split(images.numpy(), len(plans)), strict=True):

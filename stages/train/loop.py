@@ -177,6 +177,7 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
     torch.manual_seed(params.seed)
     # cuDNN's convolutions would use TF32 unasked.
     torch.backends.cudnn.allow_tf32 = params.precision == "tf32"
+    torch.backends.cudnn.benchmark = True  # shapes stay the same: tried once, the fastest algorithm of each serves on
     model = build_model(params.backbone).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.recompute = params.recompute
     if params.dropout is not None:
