@@ -23,6 +23,9 @@ class MetricLearning(nn.Module):
         """The centres, as a checkpoint asks for them."""
         return self.inner.W
 
+    def advance(self) -> None:
+        """As stages.train.heads.Head; nothing goes by iterations here."""
+
     def forward(self, embeddings: Tensor, labels: Tensor) -> Judgement:
         """As stages.train.heads.Head."""
         loss = self.inner(embeddings, labels)

@@ -46,7 +46,7 @@ class Judgement:
     """What a head says of N embeddings; all but the loss without gradient, and without the margin."""
 
     loss: Tensor
-    """Scalar fp32, the mean."""
+    """Scalar fp32, the mean; NaN where an embedding is longer than fp32 can tell."""
     own: Tensor
     """N fp32, cosine to the centre of the own class."""
     nearest: Tensor
@@ -117,6 +117,9 @@ class Head(nn.Module, ABC):
             N, in place of the cosines.
         """
 
+    def advance(self) -> None:
+        """An iteration of training is over, all parts of its batch seen: what goes by iterations goes on."""
+
     def forward(self, embeddings: Tensor, labels: Tensor) -> Judgement:
         """Loss and cosines, computed in the centres' precision, fp32, under any autocast.
 
@@ -148,6 +151,8 @@ class Head(nn.Module, ABC):
             own = found.own / own_lengths.clamp_min(EPSILON)
             target = own_lengths * self.margined(own, norms.detach())
             loss = F.softplus(found.others - target).mean()
+            # Normalised by a length of infinity an embedding is 0: its loss would be finite, its gradient 0 for good
+            loss = loss + (0 * norms.detach()).sum()
             with torch.no_grad():
                 nearest = found.nearest / (lengths * near_centres).clamp_min(EPSILON)
             correct, beyond = found.own > found.nearest, target.detach() > found.nearest
@@ -238,13 +243,13 @@ class ASoftmax(Head):
     """A-Softmax (Liu et al., SphereFace, CVPR 2017, Eq. 7): ψ(θ) = (−1)^k cos(mθ) − 2k for θ in [kπ/m, (k+1)π/m].
 
     Embeddings keep their lengths. ψ is mixed with the cosine, (λ cos θ + ψ(θ)) / (1 + λ), and λ falls with the number
-    of training steps t as max(`least`, `first` / (1 + `rate`·t)), which is how SphereFace's authors have it converge.
+    of iterations t as max(`least`, `first` / (1 + `rate`·t)), which is how SphereFace's authors have it converge.
 
     Args:
         classes: C.
         embedding: D.
         margin: m, a whole number.
-        first: λ of the first step.
+        first: λ of the first iteration.
         least: λ in the end.
         rate: γ.
     """
@@ -265,18 +270,23 @@ class ASoftmax(Head):
     def margined(self, cosines: Tensor, norms: Tensor) -> Tensor:
         """(λ cos θ + ψ(θ)) / (1 + λ)"""
         annealing = self.annealing
-        if self.training:
-            self.steps += 1
         angle = cosines.detach().clamp(-1, 1).acos()
         k = (self.margin * angle / math.pi).floor()
         psi = (1 - 2 * (k % 2)) * chebyshev(self.margin, cosines) - 2 * k
         return (annealing * cosines + psi) / (1 + annealing)
+
+    def advance(self) -> None:
+        """λ falls."""
+        self.steps += 1
 
 
 class AdaFace(Head):
     """AdaFace (Kim et al., CVPR 2022, section 3.3): a margin by the image's quality, told by its embedding's length.
 
     With ẑ the length's standard score over batches, times h and clipped to ±1: cos(θ − m·ẑ) − (m·ẑ + m).
+
+    A batch is scored by statistics that it is part of, as the authors' code has it. Of a batch in parts, each is scored
+    with itself and those before it, so the last with all; and the batch counts once, as if it were undivided.
 
     Args:
         classes: C.
@@ -297,18 +307,33 @@ class AdaFace(Head):
         self.margin, self.concentration, self.momentum = margin, concentration, momentum
         self.register_buffer("mean", torch.tensor(20.0))  # where the authors' code begins
         self.register_buffer("deviation", torch.tensor(100.0))
+        self._lengths: list[Tensor] = []  # of this iteration's embeddings, so far
 
     def margined(self, cosines: Tensor, norms: Tensor) -> Tensor:
         """cos(θ + g_angle) − g_add"""
         norms = norms.clamp(1e-3, 100)
-        if self.training and len(norms) > 1:
-            self.mean.lerp_(norms.mean(), self.momentum)
-            self.deviation.lerp_(norms.std(), self.momentum)
-        score = ((norms - self.mean) / (self.deviation + 1e-3) * self.concentration).clamp(-1, 1)
+        if self.training:
+            self._lengths.append(norms)
+        mean, deviation = self._statistics()
+        score = ((norms - mean) / (deviation + 1e-3) * self.concentration).clamp(-1, 1)
         limit = 1e-3
         angle = cosines.clamp(-1 + limit, 1 - limit).acos()
         turned = (angle - self.margin * score).clamp(limit, math.pi - limit).cos()
         return turned - (self.margin + self.margin * score)
+
+    def advance(self) -> None:
+        """The running statistics take in the lengths of this iteration's embeddings."""
+        mean, deviation = self._statistics()
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
+        self._lengths.clear()
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Running mean and deviation, with what there is of this iteration."""
+        if sum(map(len, self._lengths)) < 2:
+            return self.mean, self.deviation
+        lengths = torch.cat(self._lengths)
+        return self.mean.lerp(lengths.mean(), self.momentum), self.deviation.lerp(lengths.std(), self.momentum)
 
 
 def chebyshev(degree: int, cosines: Tensor) -> Tensor:
@@ -412,7 +437,8 @@ class _Similarities(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         nearest = torch.full_like(embeddings[:, 0], -torch.inf)
         total, own, index = torch.zeros_like(nearest), torch.zeros_like(nearest), torch.zeros_like(labels)
-        products = None
+        ctx.normalised, ctx.chunk, ctx.whole = normalised, chunk, chunk >= len(weight)
+        ctx.exponentials = None
         for start in range(0, len(weight), chunk):
             products, _ = _products(embeddings, weight[start : start + chunk], normalised)
             where, here = _place(labels, start, products.shape[1])
@@ -425,8 +451,9 @@ class _Similarities(torch.autograd.Function):
             # −∞ − −∞ where a chunk holds but the own class
             shift = nearest.clamp_min(torch.finfo(nearest.dtype).min)
             total = total * (before - shift).exp() + products.sub_(shift[:, None]).exp_().sum(dim=1)
-        ctx.normalised, ctx.chunk, ctx.whole = normalised, chunk, chunk >= len(weight)
-        ctx.exponentials = products if ctx.whole else None
+            if ctx.whole:
+                ctx.exponentials = products
+            del products  # before there are the next ones
         ctx.save_for_backward(embeddings, weight, labels, nearest, total)
         ctx.mark_non_differentiable(nearest, index)
         return nearest + total.log(), own, nearest, index
@@ -456,6 +483,7 @@ class _Similarities(torch.autograd.Function):
                     _through_normalisation(out, centres, inverse)
                     gradient.mul_(inverse)
                 of_embeddings.addmm_(gradient, centres)
+                del gradient
         return of_embeddings, of_weight, None, None, None
 
 

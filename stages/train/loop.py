@@ -84,7 +84,8 @@ class Training:
     sums: Tensor
     """Of the examples since the last row: _SUMS."""
     broken: Tensor
-    """(2,) the first iteration, counted from 1, whose loss or gradient was not finite, and its gradient norm."""
+    """(2,) the first iteration, counted from 1, whose loss or gradient was not finite, or its gradient 0 but not its
+    loss; and its gradient norm."""
     mean: FaceModel | None = None
     """The running mean of the model's weights, where there is one."""
     ranks: Ranks = ALONE
@@ -253,7 +254,7 @@ def train(
         on_row: called with each new row and the speed since the last one.
 
     Raises:
-        TrainingError: the loss or the gradient is no longer finite.
+        TrainingError: the loss or the gradient is no longer finite, or there is none.
         Interrupted: by SIGTERM or SIGINT; a checkpoint is there.
     """
     total = params.schedule.iterations
@@ -326,17 +327,18 @@ def _learn(training: Training, params: Train, iteration: int, images: Tensor, la
         examples += len(judged.own)
         told = [judged.correct, judged.own, judged.nearest, judged.beyond, torch.ones_like(judged.own)]
         training.sums[1:6] += torch.stack([values.double().sum() for values in told])
+    training.head.advance()
     _exchange(training)
     training.scaler.unscale_(training.optimizer)
     norm = _clip(training, params.optimizer.clip_norm)
     training.scaler.step(training.optimizer)
     training.scaler.update()
     loss = torch.stack(losses).double().mean()
-    finite = norm.isfinite()
+    finite, still = norm.isfinite(), (norm == 0) & (loss > torch.finfo(torch.float32).eps)
     training.sums[0] += loss * examples
     training.sums[6:] += torch.stack([torch.where(finite, norm, 0), finite]).double()
     # A scaled gradient may be too large for fp16 now and then: such a step is left out, and the scale lowered.
-    bad = ~loss.isfinite() if training.scaler.is_enabled() else ~(loss.isfinite() & finite)
+    bad = ~loss.isfinite() | still if training.scaler.is_enabled() else ~(loss.isfinite() & finite) | still
     first = bad & (training.broken[0] == 0)
     training.broken = torch.where(
         first, torch.stack([torch.full_like(norm, iteration + 1), norm]).double(), training.broken
@@ -428,7 +430,7 @@ def close_row(training: Training, params: Train, finished: int, measured: dict[s
     """Turn the sums since the last row, and what validation has measured, into a row of the history.
 
     Raises:
-        TrainingError: a loss or a gradient was not finite.
+        TrainingError: a loss or a gradient was not finite, or there was none.
     """
     _check(training, params)
     sums = dict(zip(_SUMS, training.sums.tolist(), strict=True))
@@ -450,14 +452,19 @@ def close_row(training: Training, params: Train, finished: int, measured: dict[s
     return row
 
 
+_CALMER = (
+    "lower train.optimizer.learning_rate, lengthen train.schedule.warmup, or set train.optimizer.clip_norm; what was "
+    "saved before that is kept"
+)
+
+
 def _check(training: Training, params: Train) -> None:
     iteration, norm = training.broken.tolist()
     if iteration:
         rate = learning_rate(params.optimizer.learning_rate, params.schedule, int(iteration) - 1)
+        what = "loss or gradient is not finite" if norm else "no gradient is left (embeddings too long for fp32?)"
         raise TrainingError(
-            f"loss or gradient is not finite at iteration {iteration:.0f}: learning rate {rate:g}, gradient norm "
-            f"{norm:g}; lower train.optimizer.learning_rate, lengthen train.schedule.warmup, or set "
-            "train.optimizer.clip_norm; what was saved before that is kept"
+            f"{what} at iteration {iteration:.0f}: learning rate {rate:g}, gradient norm {norm:g}; {_CALMER}"
         )
 
 

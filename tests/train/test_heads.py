@@ -1,5 +1,7 @@
 import math
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline import params
 from pipeline.errors import InputError
@@ -219,12 +223,14 @@ def test_arcface_falls_all_the_way() -> None:
 
 
 def test_annealing_is_spherefaces() -> None:
-    """λ = max(5, 1000 / (1 + 0.12 t)), t counting the steps of training, and only those."""
+    """λ = max(5, 1000 / (1 + 0.12 t)), t counting the iterations of training, in however many parts."""
     head = ASoftmax(3, 4, 4, 1000.0, 5.0, 0.12)
     x, y = torch.randn(2, 4), torch.tensor([0, 1])
     for t in range(3):
-        assert head.annealing.item() == pytest.approx(1000 / (1 + 0.12 * t))
-        head(x, y)
+        for _ in range(4):
+            head(x, y)
+            assert head.annealing.item() == pytest.approx(1000 / (1 + 0.12 * t))
+        head.advance()
     head.eval()
     head(x, y)
     assert head.steps.item() == 3
@@ -236,12 +242,75 @@ def test_adaface_keeps_running_statistics_of_lengths() -> None:
     head = AdaFace(3, 4, 64.0, 0.4, 0.333, 0.1)
     x, y = torch.randn(8, 4), torch.randint(3, (8,))
     head(x, y)
+    head.advance()
     norms = x.norm(dim=1)
     assert head.mean.item() == pytest.approx(0.9 * 20 + 0.1 * norms.mean().item(), rel=1e-5)
     assert head.deviation.item() == pytest.approx(0.9 * 100 + 0.1 * norms.std().item(), rel=1e-5)
     state = {name: value.clone() for name, value in head.state_dict().items()}
     head.eval()(x, y)
     assert all(torch.equal(value, state[name]) for name, value in head.state_dict().items())
+
+
+def test_adaface_counts_a_batch_in_parts_once() -> None:
+    """What is remembered is as of the whole; the last part is scored as within it, and the first as by itself."""
+    torch.manual_seed(0)
+    norms, cosines = torch.linspace(3, 40, 12), torch.linspace(-0.5, 0.9, 12)
+    whole, parted, first = (AdaFace(3, 4, 64.0, 0.4, 0.333, 0.1) for _ in range(3))
+    for _ in range(3):
+        targets = whole.margined(cosines, norms)
+        parts = [parted.margined(*part) for part in zip(cosines.split(4), norms.split(4), strict=True)]
+        assert torch.equal(parts[0], first.margined(cosines[:4], norms[:4]))
+        assert torch.equal(parts[2], targets[8:])
+        for head in (whole, parted):
+            head.advance()
+        assert torch.equal(parted.mean, whole.mean)
+        assert torch.equal(parted.deviation, whole.deviation)
+        first.load_state_dict(whole.state_dict())
+        first._lengths.clear()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_an_embedding_too_long_for_fp32_leaves_no_finite_loss(name: str) -> None:
+    """Its squares overflow; divided by a length of infinity it would be 0, and the loss an ordinary number."""
+    head = MAKE[name](5, 4)
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    assert head(x, y).loss.isfinite()
+    x[1] *= 1e20
+    assert x.isfinite().all()
+    assert not head(x, y).loss.isfinite()
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors of at least `least` numbers, made within it, hold at a time."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.most = least, 0
+        self._storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.numel() >= self.least:
+                self._storages.add(tensor.untyped_storage())
+        self.most = max(self.most, sum(storage.nbytes() for storage in self._storages))
+        return out
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("chunk", [200, 100, 40])
+def test_products_are_held_once_and_of_a_chunk_alone(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32 examples and 200 classes, forward and backward; a plain cross-entropy holds them several times."""
+    monkeypatch.setattr(heads, "CHUNK", chunk)
+    head, x, y = MAKE[name](200, 4), torch.randn(32, 4, requires_grad=True), torch.arange(32)
+    with Held(least=32 * chunk) as held:
+        head(x, y).loss.backward()
+    assert held.most == 4 * 32 * chunk
+    with Held(least=32 * 200) as plain:
+        torch.nn.functional.cross_entropy(x @ head.weight.T, y).backward()
+    assert plain.most >= 3 * 4 * 32 * 200
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pipeline.errors import InputError
 from pipeline.params import Params, Train
 from stages import train
 from stages.train import backbones, checkpoint, loop, meter
+from stages.train.heads import Judgement
 from stages.train.loop import Training
 from tests.conftest import ROOT
 from tests.samples import shard_section, write_shards
@@ -47,6 +49,9 @@ def shards(tmp_path: Path) -> Path:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+QUICK = partial(backbones.improved_residual, (1, 1, 1), channels=(16, 16, 32, 64), stem_stride=2)
 
 
 class Killed(BaseException):
@@ -239,6 +244,87 @@ def test_a_loss_that_is_not_finite_stops(tmp_path: Path, shards: Path, tiny: Par
         train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, optimizer=sgd))
     assert not (tmp_path / "models").exists()
     assert not list((tmp_path / "checkpoints").rglob("*.pt"))  # nothing broken is kept
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A training in small, and a batch for it."""
+
+    training: Training
+    params: Train
+    images: Tensor
+    labels: Tensor
+
+    def step(self, iteration: int = 5) -> None:
+        loop.step(self.training, self.params, iteration, self.images, self.labels)
+
+    def close(self, finished: int = 6) -> loop.Row:
+        return loop.close_row(self.training, self.params, finished, {})
+
+
+@pytest.fixture
+def begun(tiny: Params, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Batch]:
+    """By a quick network; section train changed as is said."""
+    monkeypatch.setitem(backbones.BACKBONES, "small", QUICK)
+
+    def begin(**changes: Any) -> Batch:
+        params = changed(tiny, batch=8, **changes).train
+        images = torch.randint(0, 256, (8, 3, 112, 112), dtype=torch.uint8)
+        return Batch(loop.begin(params, 4, torch.device("cpu")), params, images, torch.arange(8) % 4)
+
+    return begin
+
+
+def test_embeddings_too_long_for_fp32_stop(begun: Callable[..., Batch]) -> None:
+    """Their loss would be an ordinary number, and its gradient 0 from then on."""
+    one = begun()
+    one.step(4)
+    one.close(5)
+    with torch.no_grad():
+        one.training.model.backbone[-1].weight.mul_(1e25)  # type: ignore[index]
+    one.step(5)
+    told = r"no gradient is left .* at iteration 6: learning rate 0\.05, gradient norm 0; lower train\.optimizer\.learn"
+    with pytest.raises(loop.TrainingError, match=told):
+        one.close()
+
+
+def test_a_loss_without_a_slope_stops(begun: Callable[..., Batch]) -> None:
+    """But not where there is nothing left to learn."""
+    for loss in (3.0, 0.0):
+        one = begun()
+        one.training.head.forward = lambda embeddings, labels, loss=loss: Judgement(  # type: ignore[method-assign]
+            loss + 0 * embeddings.sum(), *[torch.ones(8)] * 2, *[torch.ones(8, dtype=torch.bool)] * 2
+        )
+        one.step()
+        if loss:
+            with pytest.raises(loop.TrainingError, match="no gradient is left"):
+                one.close()
+        else:
+            assert one.close().gradient_norm == 0
+
+
+@pytest.mark.parametrize("name", ["a-softmax", "adaface"])
+def test_what_goes_by_iterations_does_in_however_many_parts(
+    begun: Callable[..., Batch], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(backbones.BACKBONES, "sphere20", partial(backbones.sphere, (0, 0, 0, 0)))
+    head = next(head for head in HEADS if head["name"] == name)
+    sphere = {"name": "sphere20", "width": 112, "embedding": 16}
+    slow = {"learning_rate": 1e-9, "momentum": 0.9, "weight_decay": 0.0, "clip_norm": None}
+    states = []
+    for parts in (1, 4):
+        one = begun(head=head, micro_batches=parts, backbone=sphere, optimizer=slow)
+        with torch.no_grad():
+            one.training.model.backbone[-1].weight.mul_(1e4)  # type: ignore[index]
+        for iteration in range(3):
+            one.images.fill_(100 * iteration)[:, :, :, ::2] += torch.arange(8, dtype=torch.uint8)[:, None, None, None]
+            one.step(iteration)
+        states.append({key: value for key, value in one.training.head.state_dict().items() if key != "weight"})
+    if name == "a-softmax":
+        assert states == [{"steps": torch.tensor(3)}] * 2
+    else:
+        assert states[0]["mean"] != 20
+        torch.testing.assert_close(states[1], states[0])
 
 
 @pytest.mark.parametrize("cache", ["none", "device"])
@@ -468,8 +554,7 @@ def test_other_arithmetic_learns_alike(
 ) -> None:
     """The same start to rounding, and something learnt in the end."""
     losses = []
-    narrow = partial(backbones.improved_residual, (1, 1, 1), channels=(16, 16, 32, 64), stem_stride=2)
-    monkeypatch.setitem(backbones.BACKBONES, "small", narrow)  # CPUs compute in fp16 slowly
+    monkeypatch.setitem(backbones.BACKBONES, "small", QUICK)  # CPUs compute in fp16 slowly
     short = {"log_every": 1, "schedule": {"name": "polynomial", "iterations": 10, "warmup": 1, "power": 1.0}}
     for name, params in (("plain", changed(tiny, **short)), ("changed", changed(tiny, **short, **changes))):
         train.run(tmp_path / name, tmp_path / "checkpoints", params)
