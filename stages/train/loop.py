@@ -63,6 +63,11 @@ class Row:
     end; null in between."""
     val_auc: float | None
     """Where validation is by identity: area under the ROC of its verification pairs, likewise."""
+    loss_scale: float | None
+    """In fp16: by what the loss is multiplied, so that small gradients are not lost."""
+    skipped: float | None
+    """In fp16: share of iterations that moved no weights, for a gradient too large for that scale, which then is
+    halved."""
 
 
 class Validation(Protocol):
@@ -255,6 +260,7 @@ def train(
 
     Raises:
         TrainingError: the loss or the gradient is no longer finite, or there is none.
+        InputError: torch.compile fails, as it does without a compiler.
         Interrupted: by SIGTERM or SIGINT; a checkpoint is there.
     """
     total = params.schedule.iterations
@@ -267,10 +273,12 @@ def train(
     ):
         for iteration in range(done, total):
             batch = next(batches)
-            step(training, params, iteration, batch.images, batch.labels)
+            with _compiling(params):
+                step(training, params, iteration, batch.images, batch.labels)
             finished = iteration + 1
             validating = finished % params.checkpoint_every == 0 or finished == total
-            if validating or finished % params.log_every == 0:
+            due_row = validating or finished % params.log_every == 0
+            if due_row:
                 speed = meter.read(finished)
                 row = close_row(training, params, finished, validation(training, device) if validating else {})
                 on_row(row, speed)
@@ -280,14 +288,15 @@ def train(
                     speed=f"{speed.images_per_second:.0f} images/s",
                     refresh=False,
                 )
-                meter.reset(finished)
             shown.update()
             waited = time.monotonic() - saved > 60 * machine.checkpoint_minutes
             end, due = agreed(training.ranks, asked(), int(waited))
-            if validating or end or due:
-                _check(training, params)
+            if saving := validating or bool(end or due):
+                _check(training, params, finished)
                 checkpoints.save(finished, training.common(), training.own())
                 saved = time.monotonic()
+            if due_row or saving:
+                meter.reset(finished)  # what validation and checkpoints take is none of the training's speed
             if end and finished < total:
                 if training.ranks.first:
                     log.warning(
@@ -297,6 +306,24 @@ def train(
                         total,
                     )
                 raise Interrupted(128 + end)
+
+
+@contextmanager
+def _compiling(params: Train) -> Iterator[None]:
+    """Where torch.compile has to make code, the first time."""
+    if not params.compile:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        why = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"train.compile: torch.compile has failed ({why}); it needs a C++ compiler and Python's headers: install "
+            "g++ and python3-dev, or set it to false"
+        ) from error
 
 
 def step(training: Training, params: Train, iteration: int, images: Tensor, labels: Tensor) -> None:
@@ -430,9 +457,10 @@ def close_row(training: Training, params: Train, finished: int, measured: dict[s
     """Turn the sums since the last row, and what validation has measured, into a row of the history.
 
     Raises:
-        TrainingError: a loss or a gradient was not finite, or there was none.
+        TrainingError: a loss or a gradient was not finite, or there was none; of fp16, in whatever scale.
     """
-    _check(training, params)
+    _check(training, params, finished)
+    scaler = training.scaler
     sums = dict(zip(_SUMS, training.sums.tolist(), strict=True))
     training.sums.zero_()
     examples, steps = sums.pop("examples"), sums.pop("steps")
@@ -444,6 +472,8 @@ def close_row(training: Training, params: Train, finished: int, measured: dict[s
         learning_rate=rate,
         val_accuracy=measured.get("val_accuracy"),
         val_auc=measured.get("val_auc"),
+        loss_scale=scaler.get_scale() if scaler.is_enabled() else None,
+        skipped=1 - steps * params.batch / examples if scaler.is_enabled() else None,
         **{name: value / examples for name, value in sums.items()},
     )
     training.history.append(row)
@@ -458,7 +488,7 @@ _CALMER = (
 )
 
 
-def _check(training: Training, params: Train) -> None:
+def _check(training: Training, params: Train, finished: int) -> None:
     iteration, norm = training.broken.tolist()
     if iteration:
         rate = learning_rate(params.optimizer.learning_rate, params.schedule, int(iteration) - 1)
@@ -466,13 +496,23 @@ def _check(training: Training, params: Train) -> None:
         raise TrainingError(
             f"{what} at iteration {iteration:.0f}: learning rate {rate:g}, gradient norm {norm:g}; {_CALMER}"
         )
+    # Halved at each step that is left out, doubled after 2,000 that are not: from 65,536 it takes 17 in succession
+    if training.scaler.is_enabled() and (scale := training.scaler.get_scale()) < 1:
+        raise TrainingError(
+            f"train.precision: fp16 has left out step after step until iteration {finished}, since gradients are not "
+            f"finite in whatever scale, now {scale:g}: set it to bf16 or fp32, {_CALMER}"
+        )
 
 
 def _report_standstill(history: list[Row], params: Train) -> None:
-    """Say once, after a tenth of the schedule, that nothing was learnt."""
-    after = params.schedule.warmup + max(10, params.schedule.iterations // 10)
+    """Say that nothing was learnt: soon after the warm-up, and each time that twice as many have passed since then."""
+    soon = min(1000, max(10, params.schedule.iterations // 10))
+
+    def looks(iteration: int) -> int:
+        return (max(0, iteration - params.schedule.warmup) // soon).bit_length()
+
     first, last = history[0], history[-1]
-    due = last.iteration >= after and (len(history) == 1 or history[-2].iteration < after)
+    due = looks(last.iteration) > (looks(history[-2].iteration) if len(history) > 1 else 0)
     if due and last.loss > 0.9 * first.loss and last.own_cosine < first.own_cosine + 0.05:
         log.warning(
             "the loss has not left its start: %.3f at iteration %d, %.3f at %d, where the cosine to the own class is "

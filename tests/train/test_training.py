@@ -1,5 +1,6 @@
 import copy
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -9,8 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import InputError
 from pipeline.params import Params, Train
 from stages import train
-from stages.train import backbones, checkpoint, loop, meter
+from stages.shard import reader as shard_reader
+from stages.train import backbones, checkpoint, loader, loop, meter
 from stages.train.heads import Judgement
 from stages.train.loop import Training
 from tests.conftest import ROOT
@@ -51,7 +52,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-QUICK = partial(backbones.improved_residual, (1, 1, 1), channels=(16, 16, 32, 64), stem_stride=2)
+def mean_colours(embedding: int, width: int) -> nn.Sequential:
+    """In place of a network, where it does not matter: quick, and without batch normalisation."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.PReLU(), nn.Flatten(), nn.Linear(48, embedding))
 
 
 class Killed(BaseException):
@@ -246,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path: Path, shards: Path, tiny: Par
     assert not list((tmp_path / "checkpoints").rglob("*.pt"))  # nothing broken is kept
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """A training in small, and a batch for it."""
 
@@ -265,7 +268,7 @@ class Batch:
 @pytest.fixture
 def begun(tiny: Params, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Batch]:
     """By a quick network; section train changed as is said."""
-    monkeypatch.setitem(backbones.BACKBONES, "small", QUICK)
+    monkeypatch.setitem(backbones.BACKBONES, "small", mean_colours)
 
     def begin(**changes: Any) -> Batch:
         params = changed(tiny, batch=8, **changes).train
@@ -288,13 +291,16 @@ def test_embeddings_too_long_for_fp32_stop(begun: Callable[..., Batch]) -> None:
         one.close()
 
 
-def test_a_loss_without_a_slope_stops(begun: Callable[..., Batch]) -> None:
+def test_a_loss_without_a_slope_stops(begun: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch) -> None:
     """But not where there is nothing left to learn."""
     for loss in (3.0, 0.0):
         one = begun()
-        one.training.head.forward = lambda embeddings, labels, loss=loss: Judgement(  # type: ignore[method-assign]
-            loss + 0 * embeddings.sum(), *[torch.ones(8)] * 2, *[torch.ones(8, dtype=torch.bool)] * 2
-        )
+
+        def flat(embeddings: Tensor, labels: Tensor, loss: float = loss) -> Judgement:
+            right = labels == labels
+            return Judgement(loss + 0 * embeddings.sum(), right.float(), right.float(), right, right)
+
+        monkeypatch.setattr(one.training.head, "forward", flat)
         one.step()
         if loss:
             with pytest.raises(loop.TrainingError, match="no gradient is left"):
@@ -304,20 +310,14 @@ def test_a_loss_without_a_slope_stops(begun: Callable[..., Batch]) -> None:
 
 
 @pytest.mark.parametrize("name", ["a-softmax", "adaface"])
-def test_what_goes_by_iterations_does_in_however_many_parts(
-    begun: Callable[..., Batch], name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(backbones.BACKBONES, "sphere20", partial(backbones.sphere, (0, 0, 0, 0)))
+def test_what_goes_by_iterations_does_in_however_many_parts(begun: Callable[..., Batch], name: str) -> None:
     head = next(head for head in HEADS if head["name"] == name)
-    sphere = {"name": "sphere20", "width": 112, "embedding": 16}
     slow = {"learning_rate": 1e-9, "momentum": 0.9, "weight_decay": 0.0, "clip_norm": None}
     states = []
     for parts in (1, 4):
-        one = begun(head=head, micro_batches=parts, backbone=sphere, optimizer=slow)
-        with torch.no_grad():
-            one.training.model.backbone[-1].weight.mul_(1e4)  # type: ignore[index]
+        one = begun(head=head, micro_batches=parts, optimizer=slow)
         for iteration in range(3):
-            one.images.fill_(100 * iteration)[:, :, :, ::2] += torch.arange(8, dtype=torch.uint8)[:, None, None, None]
+            one.images.copy_(20 * torch.arange(8)[:, None, None, None] + 30 * iteration)
             one.step(iteration)
         states.append({key: value for key, value in one.training.head.state_dict().items() if key != "weight"})
     if name == "a-softmax":
@@ -325,6 +325,53 @@ def test_what_goes_by_iterations_does_in_however_many_parts(
     else:
         assert states[0]["mean"] != 20
         torch.testing.assert_close(states[1], states[0])
+
+
+def test_fp16_stops_where_no_scale_is_small_enough(begun: Callable[..., Batch]) -> None:
+    """The loss is finite, the gradient never: 17 times the scale is halved."""
+    one = begun(precision="fp16")
+    one.training.head.weight.register_hook(lambda gradient: gradient * torch.nan)
+    before = one.training.head.weight.detach().clone()
+    for iteration in range(16):
+        one.step(iteration)
+    row = one.close(16)
+    assert (row.loss_scale, row.skipped) == (1, 1)
+    one.step(16)
+    with pytest.raises(
+        loop.TrainingError, match=r"train\.precision: fp16 .* until iteration 17, .* now 0\.5: set it to"
+    ):
+        one.close(17)
+    assert torch.equal(one.training.head.weight, before)
+
+
+def test_what_fp16_leaves_out_is_told_and_of_fp16_alone(begun: Callable[..., Batch]) -> None:
+    one = begun(precision="fp16")
+    one.training.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    spoilt = one.training.head.weight.register_hook(lambda gradient: gradient * torch.inf)
+    one.step(3)
+    spoilt.remove()
+    for iteration in range(4, 7):
+        one.step(iteration)
+    row = one.close(7)
+    assert (row.loss_scale, row.skipped) == (128, 0.25)
+    plain = begun()
+    plain.step()
+    row = plain.close()
+    assert (row.loss_scale, row.skipped) == (None, None)
+
+
+def test_without_a_compiler_train_compile_is_named(
+    tmp_path: Path, shards: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor.config as inductor
+
+    narrow = partial(backbones.improved_residual, (1,), channels=(8, 8), stem_stride=2)
+    monkeypatch.setitem(backbones.BACKBONES, "small", narrow)
+    with (
+        inductor.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}),
+        pytest.raises(InputError, match=r"^train\.compile: .*No working C\+\+ compiler.* install g\+\+ .* to false$"),
+    ):
+        train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, compile=True))
 
 
 @pytest.mark.parametrize("cache", ["none", "device"])
@@ -352,12 +399,41 @@ def test_a_loss_that_stands_still_is_reported(
     schedule = {"name": "cosine", "iterations": 14, "warmup": 2}
     train.run(tmp_path / "models", tmp_path / "a", changed(tiny, optimizer=sgd, schedule=schedule))
     said = [message for message in caplog.messages if "has not left its start" in message]
-    assert len(said) == 1
+    assert len(said) == 1  # at iteration 22 it would be said again
     assert "at iteration 3, " in said[0]
     assert " at 12, where the cosine to the own class is 0.0" in said[0]
     caplog.clear()
     train.run(tmp_path / "models", tmp_path / "b", changed(tiny, schedule=schedule))
     assert "has not left its start" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("iterations", "warmup", "expected"),
+    [
+        (240_000, 500, [1500, 2500, 4500, 8500, 16_500, 32_500, 64_500, 128_500]),
+        (320, 20, [52, 84, 148, 276]),
+        (40, 0, [10, 20, 40]),
+    ],
+)
+def test_a_standstill_is_reported_early_and_again(
+    tiny: Params, caplog: pytest.LogCaptureFixture, iterations: int, warmup: int, expected: list[int]
+) -> None:
+    """After the warm-up and a tenth of the schedule, 1,000 at most; then after twice that, and so on."""
+    params = changed(tiny, schedule={"name": "cosine", "iterations": iterations, "warmup": warmup}).train
+    every = 2 if iterations < 1000 else 500
+    still = loop.Row(0, 30.0, 0.0, 0.01, 0.2, 0.0, 1.0, 0.1, None, None, None, None)
+    history, told = [], []
+    for iteration in range(every, iterations + 1, every):
+        history.append(dataclasses.replace(still, iteration=iteration))
+        loop._report_standstill(history, params)
+        if caplog.messages:
+            told.append(iteration)
+            caplog.clear()
+    assert told == expected
+    learnt = [dataclasses.replace(row, loss=row.loss if row.iteration < expected[1] else 20.0) for row in history]
+    for count in range(1, len(learnt) + 1):
+        loop._report_standstill(learnt[:count], params)
+    assert len(caplog.messages) == 1
 
 
 def test_bounds_are_told_with_their_numbers(
@@ -482,6 +558,65 @@ def test_the_model_is_the_mean_of_weights(
     assert not judged[-1].training
 
 
+class Clock:
+    """Time that passes only where it is made to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_speed_is_what_a_clock_says(
+    tmp_path: Path, shards: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 images take 3 seconds to come and 1 to learn from; validation and checkpoints do not count."""
+    clock = Clock()
+    for module in (loader, meter):
+        monkeypatch.setattr(module, "time", clock)
+
+    class Slow(loader.Loader):
+        def _by_threads(self) -> Iterator[loader.Batch]:
+            for batch in super()._by_threads():
+                clock.now += 3
+                yield batch
+
+    class Saved(checkpoint.Checkpoints):
+        def save(self, *_: Any) -> None:
+            clock.now += 1000
+
+    def measure(training: Training, device: torch.device) -> dict[str, float]:
+        clock.now += 100
+        return {"val_accuracy": 0.5}
+
+    def learn(training: Training, *_: Any) -> None:
+        clock.now += 1
+        training.sums[5] += 16
+
+    monkeypatch.setattr(loop, "step", learn)
+    cpu, found = torch.device("cpu"), shard_reader.Shards(tiny.train.data)
+    training = loop.begin(tiny.train, 6, cpu)
+    slow = Slow(found.split("train"), found.index.face, tiny.train, cpu)
+    speeds: list[meter.Speed] = []
+    loop.train(
+        tiny.train,
+        tiny.machine,
+        slow,
+        measure,
+        training,
+        0,
+        cpu,
+        Saved(tmp_path, "k", 1),
+        lambda row, speed: speeds.append(speed),
+    )
+    assert clock.now == 14 * 4 + 4 * 1100  # rows at 3, 4, 6, 8, 9, 12 and 14, of which 4, 8, 12 and 14 are checkpoints
+    operations = 3 * backbones.forward_flops(tiny.train.backbone)
+    assert [speed.images_per_second for speed in speeds] == [4] * 7
+    assert [speed.data_wait for speed in speeds] == [0.75] * 7
+    assert [speed.teraflops for speed in speeds] == pytest.approx([4 * operations / 1e12] * 7)
+
+
 def test_compiled_and_computed_again_exclude_each_other(tiny: Params) -> None:
     with pytest.raises(ValueError, match="compile and recompute exclude each other"):
         changed(tiny, compile=True, recompute=True)
@@ -554,7 +689,8 @@ def test_other_arithmetic_learns_alike(
 ) -> None:
     """The same start to rounding, and something learnt in the end."""
     losses = []
-    monkeypatch.setitem(backbones.BACKBONES, "small", QUICK)  # CPUs compute in fp16 slowly
+    narrow = partial(backbones.improved_residual, (1, 1, 1), channels=(16, 16, 32, 64), stem_stride=2)
+    monkeypatch.setitem(backbones.BACKBONES, "small", narrow)  # CPUs compute in fp16 slowly
     short = {"log_every": 1, "schedule": {"name": "polynomial", "iterations": 10, "warmup": 1, "power": 1.0}}
     for name, params in (("plain", changed(tiny, **short)), ("changed", changed(tiny, **short, **changes))):
         train.run(tmp_path / name, tmp_path / "checkpoints", params)
