@@ -486,7 +486,7 @@ class Train(Section):
     """Share of what enters the last layer of IR networks that is left out in training; None as published: 0.4 in ir50
     and irse50, 0 in the others. Other networks have none."""
     average: Annotated[float, Field(gt=0, lt=1)] | None
-    """What the running mean of weights keeps of itself at each iteration: the model is that mean. None: the model is
+    """What the running mean of weights and centres keeps of itself at each iteration: the model is that. None: it is
     what the last iteration leaves."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
     """Of the backbone; the head always computes in fp32. fp16 scales the loss, so that small gradients survive."""

@@ -93,6 +93,8 @@ class Training:
     loss; and its gradient norm."""
     mean: FaceModel | None = None
     """The running mean of the model's weights, where there is one."""
+    mean_centres: nn.Parameter | None = None
+    """And of this rank's centres."""
     ranks: Ranks = ALONE
     history: list[Row] = field(default_factory=list)
     run_id: str | None = None
@@ -102,6 +104,11 @@ class Training:
     def outcome(self) -> FaceModel:
         """What is judged, and what becomes of the training."""
         return self.mean or self.model
+
+    def settle(self) -> None:
+        """In the end: the mean of the centres, where there is one, takes their place."""
+        if self.mean_centres is not None:
+            self.head.weight.data.copy_(self.mean_centres)
 
     @property
     def momentum(self) -> dict[str, Tensor]:
@@ -127,6 +134,7 @@ class Training:
         """For a checkpoint: this rank's centres and random states."""
         return {
             "weight": self.head.weight.detach(),
+            "mean": None if self.mean_centres is None else self.mean_centres.detach(),
             "momentum": dict(self.momentum),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.sums.is_cuda else None,
@@ -139,6 +147,8 @@ class Training:
         if self.mean:
             self.mean.load_state_dict(common["mean"])
         weight = _rows([own["weight"] for own in saved.own], mine).to(self.sums.device)
+        if self.mean_centres is not None:
+            self.mean_centres.data.copy_(_rows([own["mean"] for own in saved.own], mine))
         self.head.load_state_dict(common["head"] | {"weight": weight})
         names = saved.own[0]["momentum"]
         momentum = {name: _rows([own["momentum"][name] for own in saved.own], mine) for name in names}
@@ -161,10 +171,14 @@ class Training:
 
     @contextmanager
     def judging(self) -> Iterator[FaceModel]:
-        """In evaluation mode for a while; gives what is to be judged."""
+        """In evaluation mode for a while; gives what is to be judged, to whose centres the head's are set."""
+        weight = self.head.weight
         self.model.eval()
         self.head.eval()
+        if self.mean_centres is not None:
+            self.head.weight = self.mean_centres
         yield self.outcome
+        self.head.weight = weight
         self.model.train()
         self.head.train()
 
@@ -194,6 +208,7 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
         torch.manual_seed(_seed(params.seed, ranks.rank))  # or dropout would be the same on all
     head.to(device)
     mean = copy.deepcopy(model).eval() if params.average else None
+    mean_centres = nn.Parameter(head.weight.detach().clone(), requires_grad=False) if params.average else None
     if params.compile:
         model.backbone.compile(fullgraph=True)
     sgd = params.optimizer
@@ -210,7 +225,7 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scaler = torch.amp.GradScaler(device.type, enabled=params.precision == "fp16")
     sums, broken = (torch.zeros(size, dtype=torch.float64, device=device) for size in (len(_SUMS), 2))
-    return Training(model.train(), head.train(), optimizer, scaler, sums, broken, mean, ranks)
+    return Training(model.train(), head.train(), optimizer, scaler, sums, broken, mean, mean_centres, ranks)
 
 
 def _set_dropout(model: FaceModel, name: str, share: float) -> None:
@@ -245,7 +260,7 @@ def train(
     checkpoints: Checkpoints,
     on_row: Callable[[Row, Speed], None],
 ) -> None:
-    """Train from iteration `done` to the end of the schedule.
+    """Train from iteration `done` to the end of the schedule; then the centres are their mean, where that is asked for.
 
     Args:
         params: section train of params.yaml.
@@ -306,6 +321,7 @@ def train(
                         total,
                     )
                 raise Interrupted(128 + end)
+    training.settle()
 
 
 @contextmanager
@@ -395,10 +411,10 @@ def _exchange(training: Training) -> None:
 
 @torch.no_grad()
 def _average(training: Training, params: Train, iteration: int) -> None:
-    """Let the mean follow the weights and the running statistics (Polyak and Juditsky, SIAM J. Control Optim. 1992,
+    """Let the mean follow weights, centres and running statistics (Polyak and Juditsky, SIAM J. Control Optim. 1992,
     with weights that fall by `params.average` an iteration): a plain mean at first, until that reaches further back.
     """
-    if training.mean is None or params.average is None:
+    if training.mean is None or training.mean_centres is None or params.average is None:
         return
     share = max(1 - params.average, 1 / (iteration + 1))
     means, values = (list(model.state_dict().values()) for model in (training.mean, training.model))
@@ -407,6 +423,7 @@ def _average(training: Training, params: Train, iteration: int) -> None:
     for mean, value in zip(means, values, strict=True):
         if not value.is_floating_point():  # how many batches the statistics have seen
             mean.copy_(value)
+    training.mean_centres.lerp_(training.head.weight, share)
 
 
 @contextmanager

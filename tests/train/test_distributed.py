@@ -189,7 +189,7 @@ def tiny(params: Params, tmp_path: Path) -> Params:
     section["backbone"] = {"name": "sphere20", "width": 112, "embedding": 16}
     section["schedule"] = {"name": "steps", "iterations": 5, "warmup": 2, "milestones": [4], "factor": 0.1}
     section["optimizer"] |= {"learning_rate": 0.001}  # small, so that rounding does not grow
-    section["micro_batches"] = 2
+    section |= {"micro_batches": 2, "average": 0.7}
     quick = params.machine.model_copy(update={"checkpoint_minutes": 0.0001, "device": "cpu"})
     made = {"train": type(params.train).model_validate(section), "machine": quick}
     return params.model_copy(update=made)

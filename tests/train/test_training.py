@@ -530,14 +530,17 @@ def test_the_model_is_the_mean_of_weights(
     tmp_path: Path, shards: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of all iterations so far at first, then falling by a fifth an iteration: by weights in closed form, in float64.
-    Validation judges that mean, too.
+    Centres, too, and it is what validation judges.
     """
     step, seen, judged = loop.step, [], []
 
     def watched(training: Training, *rest: Any) -> None:
         step(training, *rest)
         seen.append({name: value.double() for name, value in training.model.backbone.state_dict().items()})
-        judged.append(training.outcome)
+        seen[-1]["centres"] = training.head.weight.detach().double()
+        with training.judging() as model:
+            judged.append((model.backbone, training.head.weight))
+        assert torch.equal(training.head.weight.double(), seen[-1]["centres"])
 
     monkeypatch.setattr(loop, "step", watched)
     train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, average=0.8))
@@ -547,15 +550,19 @@ def test_the_model_is_the_mean_of_weights(
     weights = [shares[i] * math.prod(1 - share for share in shares[i + 1 :]) for i in range(count)]
     assert sum(weights) == pytest.approx(1)
     written = load_file(tmp_path / "models" / "backbone.safetensors")
+    written["centres"] = load_file(tmp_path / "models" / "head.safetensors")["weight"]
     for name, value in written.items():
         if value.is_floating_point():
             mean = sum(weight * values[name] for weight, values in zip(weights, seen, strict=True))
             torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-6)
         else:
             assert value == seen[-1][name]
-    assert not torch.equal(written["0.weight"].double(), seen[-1]["0.weight"])
-    assert torch.equal(judged[-1].backbone.state_dict()["0.weight"], written["0.weight"])
-    assert not judged[-1].training
+    for name in ("0.weight", "centres"):
+        assert not torch.equal(written[name].double(), seen[-1][name])
+    network, centres = judged[-1]
+    assert torch.equal(network.state_dict()["0.weight"], written["0.weight"])
+    assert torch.equal(centres, written["centres"])
+    assert not network.training
 
 
 class Clock:
