@@ -77,6 +77,30 @@ def test_parameters_and_operations_are_as_published(name: str, embedding: int, w
     assert forward_flops(section) == pytest.approx(flops * 1e9, rel=0.025)
 
 
+@pytest.mark.parametrize(
+    ("name", "giga", "within"),
+    [
+        # As the README of InsightFace's arcface_torch has them, table "ViT For Face Recognition"
+        ("iresnet18", 2.6, 0.05),
+        ("iresnet50", 6.3, 0.05),
+        ("iresnet100", 12.1, 0.05),
+        # "Resnet50-ir" of FaceX-Zoo's training_mode/README.md, of 43.57 million parameters; with those of normalisation
+        ("ir50", 6.31, 0.02),
+    ],
+)
+def test_multiplications_are_as_published(name: str, giga: float, within: float) -> None:
+    section = Backbone(name=name, width=112, embedding=512)  # type: ignore[arg-type]
+    assert forward_flops(section) / 2e9 == pytest.approx(giga, abs=within)
+
+
+@pytest.mark.parametrize(("name", "more"), [("sphere36", 8), ("sphere64", 22)])
+def test_a_sphere_has_operations_by_its_units(name: str, more: int) -> None:
+    """Two 3×3 convolutions each, alike in every stage: twice the channels on half the side. sphere20 has 8 units."""
+    section = Backbone(name="sphere20", width=112, embedding=512)
+    longer = section.model_copy(update={"name": name})
+    assert forward_flops(longer) - forward_flops(section) == more * 2 * 2 * 9 * 64**2 * 56**2
+
+
 class Layers:
     """Layers as functions in float64, each with the next of a module's weights."""
 
