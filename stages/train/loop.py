@@ -500,8 +500,8 @@ def close_row(training: Training, params: Train, finished: int, measured: dict[s
 
 
 _CALMER = (
-    "lower train.optimizer.learning_rate, lengthen train.schedule.warmup, or set train.optimizer.clip_norm; what was "
-    "saved before that is kept"
+    "lower train.optimizer.learning_rate, lengthen train.schedule.warmup, or set train.optimizer.clip_norm; with other "
+    "parameters training begins anew"
 )
 
 
