@@ -4,15 +4,17 @@ import hashlib
 import json
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from typing import Self
 
 import filelock
 import httpx
-from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_combine, wait_exponential
 
 from pipeline.params import is_remote, local_path, shown
 from pipeline.progress import bar
@@ -25,6 +27,8 @@ ATTEMPTS = 5
 """So many attempts in a row without a new byte, and a download is given up."""
 WAIT = wait_exponential(multiplier=1, max=30)
 """Seconds between attempts: 1, 2, 4, ..., 30."""
+LONGEST_WAIT = 3600.0
+"""Seconds that a host may ask for besides."""
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as lost."""
 
@@ -136,7 +140,7 @@ def download(address: str, key: str, downloads: Path) -> Path:
         attempts = Retrying(
             retry=retry_if_exception(_worth_another_attempt),
             stop=_stalled(partial),
-            wait=WAIT,
+            wait=wait_combine(WAIT, _asked_wait),
             before_sleep=_tell,
             reraise=True,
         )
@@ -160,8 +164,24 @@ def download(address: str, key: str, downloads: Path) -> Path:
 def _worth_another_attempt(error: BaseException) -> bool:
     """A lost connection or a host in trouble; not a refusal, and not an address that can never work."""
     if isinstance(error, httpx.HTTPStatusError):
-        return error.response.is_server_error
+        return error.response.is_server_error or error.response.status_code == httpx.codes.TOO_MANY_REQUESTS
     return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
+
+
+def _asked_wait(state: RetryCallState) -> float:
+    """Seconds that the host asks to be left alone for."""
+    assert state.outcome is not None
+    error = state.outcome.exception()
+    return retry_after(error.response.headers.get("Retry-After", "")) if isinstance(error, httpx.HTTPStatusError) else 0
+
+
+def retry_after(value: str) -> float:
+    """Seconds by a Retry-After header (RFC 9110, 10.2.3), a number or a date: 0 by none, LONGEST_WAIT at most."""
+    try:
+        seconds = float(value) if value.isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return 0
+    return min(max(seconds, 0), LONGEST_WAIT)
 
 
 def _tell(state: RetryCallState) -> None:

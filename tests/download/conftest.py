@@ -24,6 +24,8 @@ class Host(ThreadingHTTPServer):
         """After how many bytes each of the next answers breaks off."""
         self.statuses: list[int] = []
         """What the next answers are instead of a file."""
+        self.retry_after: str | None = None
+        """When they say to come again."""
         self.ranges = True
         """Whether it can go on in the middle."""
         self.if_range = True
@@ -43,7 +45,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.lstrip("/")
         host.requests.append((path, wanted, condition))
         if host.statuses:
-            return self.send_error(host.statuses.pop(0))
+            self.send_response(host.statuses.pop(0))
+            if host.retry_after is not None:
+                self.send_header("Retry-After", host.retry_after)
+            return self.end_headers()
         if path.startswith("moved/"):
             self.send_response(302)
             self.send_header("Location", f"/{path.removeprefix('moved/')}")

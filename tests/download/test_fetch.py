@@ -1,5 +1,7 @@
 import hashlib
 import json
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,35 @@ def test_a_host_in_trouble_is_asked_again(host: Any, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=rf"b\.zip: the host answers 503 Service Unavailable; set {KEY} in"):
         download(host.address("b.zip"), KEY, tmp_path)
     assert len(host.requests) == 3 + fetch.ATTEMPTS
+
+
+def test_a_host_with_too_many_requests_is_asked_again_when_it_says(
+    host: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.files["a.zip"], host.statuses, host.retry_after = CONTENT, [429], "1"
+    assert download(host.address("a.zip"), KEY, tmp_path).read_bytes() == CONTENT
+    assert "the host answers 429 Too Many Requests; trying again in 1 s" in caplog.text
+    host.statuses, host.retry_after = [429] * 99, None
+    with pytest.raises(SourceError, match=rf"b\.zip: the host answers 429 Too Many Requests; set {KEY} in"):
+        download(host.address("b.zip"), KEY, tmp_path)
+    assert len(host.requests) == 2 + fetch.ATTEMPTS
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "most"),
+    [
+        ("120", 120, 120),
+        ("0", 0, 0),
+        ("999999999", fetch.LONGEST_WAIT, fetch.LONGEST_WAIT),
+        (format_datetime(datetime.now(UTC) + timedelta(minutes=30), usegmt=True), 1000, 1800),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", 0, 0),
+        ("", 0, 0),
+        ("soon", 0, 0),
+        ("-5", 0, 0),
+    ],
+)
+def test_when_a_host_asks_to_come_again(value: str, least: float, most: float) -> None:
+    assert least <= fetch.retry_after(value) <= most
 
 
 def test_a_refusal_is_final_and_names_address_and_key(host: Any, tmp_path: Path) -> None:
