@@ -18,7 +18,7 @@ NOT_USED = {
     "embed": ("stages/evaluate/verification.py",),  # features.py has an exception of it
     # Who reads features from their tables runs no network, though features.py can.
     "evaluate": ("stages/train", "stages/shard/hashes.py"),  # leaks.py has names of clean.py, no copies
-    "identify": ("stages/train", "stages/shard/hashes.py", "stages/download/errors.py"),  # which is exceptions alone
+    "identify": ("stages/train", "stages/shard/hashes.py"),
     "audit": ("stages/train", "stages/evaluate/models.py", "stages/evaluate/verification.py"),
     # Of photographs.py it takes the alignment of given files, no listing of folders.
     "extra": ("stages/shard/hashes.py", "stages/download/errors.py", "stages/download/archives.py"),

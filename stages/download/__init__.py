@@ -7,6 +7,7 @@ a pair list     protocols.py      pairs of images or videos
 a seed          synthetic.py      photographs of procedural faces
 """
 
+import csv
 import hashlib
 import logging
 from collections import Counter
@@ -25,7 +26,7 @@ from stages.download import synthetic
 from stages.download.archives import Kind, Member, archive_members, folder_digest, folder_members
 from stages.download.errors import SourceError
 from stages.download.fetch import Obtained, Wanted, obtain
-from stages.download.layouts import EXPECTED, HARMLESS, Ids, ids, why_skipped
+from stages.download.layouts import EXPECTED, HARMLESS, Ids, above, ids, why_skipped
 from stages.download.protocols import Pair, check_pairs, pairs_table, read_pairs
 
 __all__ = ["SourceError", "run"]
@@ -33,6 +34,7 @@ __all__ = ["SourceError", "run"]
 log = logging.getLogger(__name__)
 
 CODE = Path(__file__).parent
+PASSED_OVER = "passed_over.csv"
 _NO_FILES: dict[Kind, str] = {"link": "links, which are not followed", "device": "devices"}
 
 
@@ -42,25 +44,20 @@ class Contents:
 
     paths: dict[str, str] = field(default_factory=dict)
     """Where each image lies in the source, by image_id."""
-    identities: set[str] = field(default_factory=set)
+    identities: dict[str, str] = field(default_factory=dict)
+    """Where the first image of each lies."""
     videos: set[str] = field(default_factory=set)
     skipped: Counter[str] = field(default_factory=Counter)
     """How many members were passed over, by reason."""
     examples: dict[str, str] = field(default_factory=dict)
     """The first of them for each reason, as Python writes it: an archive may name what is none of ours as it likes."""
+    lost: list[tuple[str, str]] = field(default_factory=list)
+    """Name, written so, and reason of each of them that may have been a photograph."""
 
     def add(self, found: Ids, path: str) -> None:
-        """Take note of an image.
-
-        Raises:
-            SourceError: another one has the same id.
-        """
-        if found.image_id in self.paths:
-            raise SourceError(
-                f"{self.paths[found.image_id]} and {path} would both be the image {found.image_id}; keep one of them"
-            )
+        """Take note of an image."""
         self.paths[found.image_id] = path
-        self.identities.add(found.identity)
+        self.identities.setdefault(found.identity, path)
         if found.video is not None:
             self.videos.add(found.video)
 
@@ -68,6 +65,8 @@ class Contents:
         """Take note of a member that is passed over."""
         self.skipped[reason] += 1
         self.examples.setdefault(reason, repr(name))
+        if reason not in HARMLESS:
+            self.lost.append((repr(name), reason))
 
 
 def run(
@@ -77,7 +76,7 @@ def run(
     machine: Machine,
     downloads: Path = Path("data/downloads"),
 ) -> None:
-    """Write `part-NNNNN.parquet` and, for lfw and ytf, `pairs.parquet`.
+    """Write `part-NNNNN.parquet` and, for lfw and ytf, `pairs.parquet`; `passed_over.csv` where photographs were.
 
     The same source gives the same bytes, on any number of workers; a killed run goes on with the first missing part.
     What `out` held before stays until the new set is complete.
@@ -162,6 +161,8 @@ def _run_photographs(set_name: str, source: Local | Archive, out: Path, download
     for file in obtained:
         file.discard()
     _report(set_name, contents, len(pairs))
+    if contents.lost:
+        log.warning("%s: %s lists what was passed over", set_name, out / PASSED_OVER)
 
 
 def _write_set(
@@ -176,6 +177,9 @@ def _write_set(
             known = contents.videos if set_name == "ytf" else contents.paths
             check_pairs(pairs, known, shown(source.pairs), shown(source.location))
             tables.write_table(unfinished / "pairs.parquet", pairs_table(pairs), tables.PAIRS)
+        if contents.lost:
+            with tables.atomic(unfinished / PASSED_OVER) as path, path.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([("name", "reason"), *contents.lost])
     return contents
 
 
@@ -184,23 +188,45 @@ def _photographs(set_name: str, members: Iterable[Member], contents: Contents) -
     for member in members:
         if member.kind == "folder":
             continue
-        reason = _NO_FILES.get(member.kind) or why_skipped(set_name, member.name)
-        if reason is not None:
-            contents.skip(reason, member.name)
-            continue
-        if member.kind == "hard link":
-            raise SourceError(
-                f"{member.source}: {member.name!r} is a hard link to another member, which is not read; pack the "
-                "photographs with `tar --hard-dereference`"
-            )
-        try:
+        reason = _why_passed_over(set_name, member)
+        if reason is None:
             found = ids(set_name, member.name)
-            contents.add(found, member.name)
-        except SourceError as error:
-            raise SourceError(f"{member.source}: {error}") from None
-        if member.size > tables.PART_BYTES:  # a part must hold it
-            raise SourceError(f"{member.source}: {member.name} is no photograph: {member.size:,} bytes")
-        yield found, member
+            _check_folder(set_name, found.identity, member, contents.identities.get(found.identity, member.name))
+            if found.image_id not in contents.paths:
+                contents.add(found, member.name)
+                yield found, member
+                continue
+            reason = "photographs whose image id (folder and name without extension) is that of an earlier one"
+        contents.skip(reason, member.name)
+
+
+def _why_passed_over(set_name: str, member: Member) -> str | None:
+    """Why a file is none of the set's photographs; None if it is one."""
+    reason = _NO_FILES.get(member.kind) or why_skipped(set_name, member.name)
+    if reason is not None:
+        return reason
+    if member.kind == "hard link":
+        return "hard links to other members, which are not read (`tar --hard-dereference` packs the photographs)"
+    if member.size > tables.PART_BYTES:  # a part must hold it
+        return f"files of more than {tables.PART_BYTES >> 20} MiB, which are no photographs"
+    return None
+
+
+def _check_folder(set_name: str, identity: str, member: Member, first: str) -> None:
+    """Refuse two people whose folders bear one name; of distractors nobody asks who they are.
+
+    Args:
+        member: a photograph of the identity.
+        first: path of the first one.
+
+    Raises:
+        SourceError: they lie in different folders.
+    """
+    if set_name != "distractors" and above(set_name, member.name) != above(set_name, first):
+        raise SourceError(
+            f"{member.source}: {first} and {member.name} lie in two folders called {identity}, which would be one "
+            f"person. Give each person one folder, of a name that no other has: .../{EXPECTED[set_name]}"
+        )
 
 
 def _write_parts(set_name: str, out: Path, photographs: Iterator[tuple[Ids, Member]]) -> None:

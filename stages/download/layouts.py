@@ -5,14 +5,12 @@
     ytf     YouTubeFaces/frame_images_DB/Abel_Pacheco/0/0.15.jpg           image Abel_Pacheco/0/0.15, video
                                                                            Abel_Pacheco/0, frame 15
 
-The last folders count, whatever is above them.
+The last folders count, whatever is above them; but a person has one folder, see `above`.
 """
 
 import re
 from posixpath import splitext
 from typing import NamedTuple
-
-from stages.download.errors import SourceError
 
 EXPECTED = {
     "train": "<identity>/<image>.jpg",
@@ -36,6 +34,8 @@ _UNSHOWABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 """What acts on a terminal or a page instead of being seen: control characters, line breaks, turns of direction."""
 _DEPTH = {"train": 2, "lfw": 2, "ytf": 3, "probes": 2, "distractors": 2}
 _FRAME = re.compile(r"\d+$", re.ASCII)
+_SHARES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+"""Folders that hold a share of a set each, of the same people or of others."""
 
 
 class Ids(NamedTuple):
@@ -67,31 +67,37 @@ def why_skipped(set_name: str, name: str) -> str | None:
         return "aligned copies of frames"
     if len(parts) < _DEPTH[set_name]:
         return f"images outside {EXPECTED[set_name]}"
+    if name.startswith("/") or ".." in parts:
+        return "photographs at absolute paths or ones with `..`"
+    if not _is_text(name):
+        return "photographs whose names are not UTF-8"
+    if _UNSHOWABLE.search(name):
+        return "photographs whose names have control characters"
+    if set_name == "ytf" and _frame(name) is None:
+        return "frames whose names do not end in a number below 2^31, such as 0.15.jpg"
     return None
 
 
 def ids(set_name: str, name: str) -> Ids:
-    """The ids of the photograph that lies at a path inside a source.
-
-    Raises:
-        SourceError: the path is unsafe, no text or not to be shown, or a frame has no number; the message names it.
-    """
-    parts = _parts(name)
-    if name.startswith("/") or ".." in parts:
-        raise SourceError(f"{name!r}: an absolute path or one with `..` cannot name a photograph")
-    if not _is_text(name):
-        raise SourceError(f"{name!r}: not a UTF-8 name; rename it")
-    if _UNSHOWABLE.search(name):
-        raise SourceError(f"{name!r}: control characters cannot name a photograph; rename it")
-    *folders, file = parts[-_DEPTH[set_name] :]
-    stem = splitext(file)[0]
+    """The ids of a photograph of the set, one that is not skipped, by its path inside the source."""
+    *folders, file = _parts(name)[-_DEPTH[set_name] :]
     group = "/".join(folders)
-    if set_name != "ytf":
-        return Ids(f"{group}/{stem}", group, None, None)
-    number = _FRAME.search(stem)
-    if number is None or int(number[0]) >= 2**31:
-        raise SourceError(f"{name}: a frame's name must end in its number, below 2^31, such as 0.15.jpg")
-    return Ids(f"{group}/{stem}", folders[0], group, int(number[0]))
+    video, frame = (group, _frame(name)) if set_name == "ytf" else (None, None)
+    return Ids(f"{group}/{splitext(file)[0]}", folders[0], video, frame)
+
+
+def above(set_name: str, name: str) -> list[str]:
+    """The folders above a person's: the same for all photographs of a person, or two people have folders of one name.
+
+    Folders that only share a set out, such as train and val, do not count.
+    """
+    return [part for part in _parts(name)[: -_DEPTH[set_name]] if part.lower() not in _SHARES]
+
+
+def _frame(name: str) -> int | None:
+    """The number of a frame; None where its name ends in none that a column holds."""
+    number = _FRAME.search(splitext(name)[0])
+    return int(number[0]) if number and int(number[0]) < 2**31 else None
 
 
 def _parts(name: str) -> list[str]:
