@@ -26,7 +26,7 @@ from stages.download import synthetic
 from stages.download.archives import Kind, Member, archive_members, folder_digest, folder_members
 from stages.download.errors import SourceError
 from stages.download.fetch import Obtained, Wanted, obtain
-from stages.download.layouts import EXPECTED, HARMLESS, Ids, above, ids, why_skipped
+from stages.download.layouts import EXPECTED, HARMLESS, Ids, above, alike, ids, why_skipped
 from stages.download.protocols import Pair, check_pairs, pairs_table, read_pairs
 
 __all__ = ["SourceError", "run"]
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 CODE = Path(__file__).parent
 PASSED_OVER = "passed_over.csv"
+_TOLD = 3
+"""So many cases of similar names."""
 _NO_FILES: dict[Kind, str] = {"link": "links, which are not followed", "device": "devices"}
 
 
@@ -287,3 +289,12 @@ def _report(set_name: str, contents: Contents, pairs: int) -> None:
     for reason, n in contents.skipped.most_common():
         level = logging.INFO if reason in HARMLESS else logging.WARNING
         log.log(level, "%s: passed over %s %s, as %s", set_name, f"{n:,}", reason, contents.examples[reason])
+    similar = [] if set_name == "distractors" else alike(contents.identities)
+    if similar:
+        told = "; ".join(" and ".join(map(ascii, group)) for group in similar[:_TOLD])
+        told += f"; and {len(similar) - _TOLD:,} more" if len(similar) > _TOLD else ""
+        log.warning(
+            "%s: identities that differ only in case, spaces or Unicode's forms are different people, %s times: %s. "
+            "If they are the same, give them one folder",
+            *(set_name, f"{len(similar):,}", told),
+        )

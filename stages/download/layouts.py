@@ -9,6 +9,9 @@ The last folders count, whatever is above them; but a person has one folder, see
 """
 
 import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
 from posixpath import splitext
 from typing import NamedTuple
 
@@ -92,6 +95,14 @@ def above(set_name: str, name: str) -> list[str]:
     Folders that only share a set out, such as train and val, do not count.
     """
     return [part for part in _parts(name)[: -_DEPTH[set_name]] if part.lower() not in _SHARES]
+
+
+def alike(identities: Iterable[str]) -> list[list[str]]:
+    """Identities, two or more each time, that differ only in case, in spaces, or in how Unicode composes letters."""
+    groups = defaultdict(list)
+    for identity in sorted(identities):
+        groups[" ".join(unicodedata.normalize("NFKC", identity).casefold().split())].append(identity)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _frame(name: str) -> int | None:

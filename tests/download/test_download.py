@@ -366,6 +366,18 @@ def test_a_set_may_be_shared_out_and_strangers_may_lie_anywhere(tmp_path: Path) 
     assert tables.read_parts(tmp_path / "distractors", tables.RAW)["image_id"].to_pylist() == ["x/1", "x/2"]
 
 
+def test_people_called_nearly_alike_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["Jos\u00e9", "Jose\u0301", "John", "john", "a", "a ", "b", "B", "c"]
+    path = zipped(tmp_path / "a.zip", {f"{name}/1.jpg": b"x" for name in names})
+    run("train", archive(path), tmp_path / "raw", HERE)
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == [
+        "train: identities that differ only in case, spaces or Unicode's forms are different people, 4 times: "
+        "'B' and 'b'; 'John' and 'john'; 'Jose\\u0301' and 'Jos\\xe9'; and 1 more. If they are the same, "
+        "give them one folder"
+    ]
+    assert len(tables.read_parts(tmp_path / "raw", tables.RAW)["identity"].unique()) == 9
+
+
 @pytest.mark.parametrize(
     ("set_name", "tree", "message"),
     [

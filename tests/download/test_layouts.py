@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from stages.download.errors import SourceError
-from stages.download.layouts import HARMLESS, IMAGES, Ids, above, ids, why_skipped
+from stages.download.layouts import HARMLESS, IMAGES, Ids, above, alike, ids, why_skipped
 from stages.download.protocols import Pair, check_pairs, pairs_table, read_pairs
 
 
@@ -101,6 +101,25 @@ def test_a_frame_needs_a_number(file: str) -> None:
 def test_whether_one_folder_is_above_both(set_name: str, one: str, other: str, same: bool) -> None:
     assert ids(set_name, one).identity == ids(set_name, other).identity
     assert (above(set_name, one) == above(set_name, other)) == same
+
+
+def test_identities_that_look_alike() -> None:
+    names = [
+        "Jos\u00e9",
+        "Jose\u0301",
+        "Jose",
+        "John",
+        "john",
+        "JOHN",
+        "a",
+        "a ",
+        "a b",
+        "a  b",
+        "ab",
+        "Al_Gore",
+        "Al Gore",
+    ]
+    assert alike(names) == [["JOHN", "John", "john"], ["Jose\u0301", "Jos\u00e9"], ["a", "a "], ["a  b", "a b"]]
 
 
 LFW = "2\t2\nA\t1\t2\nB\t3\t10\nA\t1\tB\t2\nC\t1\tA\t1\nD\t1\t2\nD\t1\t3\nA\t2\tD\t1\nB\t1\tD\t2\n"
