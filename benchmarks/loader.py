@@ -374,8 +374,9 @@ def cleaning(aligned: Path) -> dict[str, Any]:
                 row[rng.permutation(256)[:40]] = 1
             some ^= np.packbits(flips, axis=1).view(np.uint64)
         started = time.perf_counter()
-        pairs, _ = near_pairs(some, 24)
-        rows.append({"faces": count, "pairs": len(pairs), "seconds": round(time.perf_counter() - started, 1)})
+        batches = near_pairs(some, np.arange(count), 24)
+        pairs = np.unique(np.concatenate([np.sort(batch, axis=0) for batch in batches], axis=1), axis=1)
+        rows.append({"faces": count, "pairs": pairs.shape[1], "seconds": round(time.perf_counter() - started, 1)})
         print(f"  {rows[-1]}", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"hashing_ms_a_face": round(1000 * hashing, 3), "near_pairs": rows, "peak_mib": round(peak)}

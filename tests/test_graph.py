@@ -14,14 +14,15 @@ STAGES: dict[str, dict[str, Any]] = {
     for name, stage in ruamel.yaml.YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].items()
 }
 
+COPIES = ("stages/shard/copies.py", "stages/shard/hashes.py")  # leaks.py has names of clean.py, no copies
 NOT_USED = {
     "embed": ("stages/evaluate/verification.py",),  # features.py has an exception of it
     # Who reads features from their tables runs no network, though features.py can.
-    "evaluate": ("stages/train", "stages/shard/hashes.py"),  # leaks.py has names of clean.py, no copies
-    "identify": ("stages/train", "stages/shard/hashes.py"),
+    "evaluate": ("stages/train", *COPIES),
+    "identify": ("stages/train", *COPIES),
     "audit": ("stages/train", "stages/evaluate/models.py", "stages/evaluate/verification.py"),
     # Of photographs.py it takes the alignment of given files, no listing of folders.
-    "extra": ("stages/shard/hashes.py", "stages/download/errors.py", "stages/download/archives.py"),
+    "extra": (*COPIES, "stages/download/errors.py", "stages/download/archives.py"),
     # Of extra.py it takes the pattern of a name.
     "report": ("stages/align", "stages/download", "stages/shard", "stages/train"),
 }

@@ -3,7 +3,7 @@
 import csv
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline import tables
 from pipeline.errors import InputError
 from pipeline.params import Clean
-from stages.shard.hashes import near_pairs
+from stages.shard.copies import Copies, Equal, Found, Near, Rows
 
 REASONS = {
     "unreadable": "the photograph cannot be read",
@@ -60,11 +60,6 @@ class Faces:
         """Which have an aligned face."""
         return ~np.isin(self.status, WITHOUT_FACE)
 
-    def of(self, rows: NDArray[np.intp]) -> NDArray[np.uint64]:
-        """The hashes of some rows."""
-        assert self.hashes is not None
-        return self.hashes[rows]
-
     @classmethod
     def read(cls, aligned: Path, hashes: NDArray[np.uint64] | None) -> "Faces":
         """Of an aligned table; its hashes are given."""
@@ -90,12 +85,17 @@ class _Left:
     def alive(self) -> NDArray[np.bool_]:
         return np.asarray(self.reason == "", bool)
 
-    def drop(self, rows: NDArray[np.intp], reason: str, of: Sequence[str] | None = None, distance: int = -1) -> None:
+    def drop(self, rows: Rows, reason: str, of: str | None = None) -> None:
         """Leave out those of `rows` that are still in."""
-        for place, row in enumerate(rows.tolist()):
-            if not self.reason[row]:
-                self.reason[row], self.distance[row] = reason, distance
-                self.of[row] = of[place] if of is not None else None
+        rows = rows[self.reason[rows] == ""]
+        self.reason[rows], self.of[rows] = reason, of
+
+    def drop_copies(self, rows: Rows, reason: str, found: Found, names: pa.Array) -> None:
+        """Leave out those of `rows`, all of which are still in, that are copies; `names` has what they may be of."""
+        copies = found.of >= 0
+        rows = rows[copies]
+        self.reason[rows], self.distance[rows] = reason, found.distance[copies]
+        self.of[rows] = names.take(pa.array(found.of[copies])).to_pylist()
 
 
 def clean(faces: Faces, evaluation: dict[str, Faces], params: Clean) -> pa.Table:
@@ -123,7 +123,7 @@ def clean(faces: Faces, evaluation: dict[str, Faces], params: Clean) -> pa.Table
     left.drop(images, "excluded")
     left.drop(_rows_of(code, names, identities), "excluded")
     for name in params.lists:
-        left.drop(_rows_of(code, names, _listed(name)), "published_list", None)
+        left.drop(_rows_of(code, names, _listed(name)), "published_list")
     if params.same_names:
         called = read_names(Path(params.names))
         _check_names(called, names.tolist(), params.names)
@@ -247,82 +247,36 @@ def _drop_names(
     for number, identity in enumerate(names):
         same = theirs.get(normalised(called.get(identity, identity)))
         if same is not None:
-            rows = np.flatnonzero(code == number)
-            left.drop(rows, "evaluated_name", [same] * len(rows))
+            left.drop(np.flatnonzero(code == number), "evaluated_name", same)
 
 
 def _drop_copies(
     left: _Left, faces: Faces, code: NDArray[np.intp], evaluation: dict[str, Faces], near: int | None
 ) -> None:
     """Equal photographs first, then nearly equal faces."""
-    theirs = [
-        f"{name}: {image}"
-        for name, known in evaluation.items()
-        for image in known.image_id.filter(pa.array(known.pictured)).to_pylist()
-    ]
-    rows = np.flatnonzero(left.alive)
-    columns = [faces.sha256.take(rows)]
-    columns += [known.sha256.filter(pa.array(known.pictured)) for known in evaluation.values()]
-    pairs = _equal(np.concatenate([np.asarray(column.to_pylist(), object) for column in columns]), len(rows))
-    _drop_pairs(left, faces, code, rows, theirs, _Pairs(pairs, np.full(len(pairs), -1), ""))
-    if near is None:
-        return
-    rows = np.flatnonzero(left.alive)
-    hashes = [faces.of(rows)] + [known.of(np.flatnonzero(known.pictured)) for known in evaluation.values()]
-    pairs, distances = near_pairs(np.concatenate(hashes), near, len(rows))
-    _drop_pairs(left, faces, code, rows, theirs, _Pairs(pairs, distances, "_near"))
-
-
-def _equal(values: NDArray[np.object_], ours: int) -> NDArray[np.intp]:
-    """All pairs of equal values, (m, 2), of which the first is one of the first `ours`."""
-    order = np.argsort(values, kind="stable")
-    ends = np.flatnonzero(values[order][1:] != values[order][:-1]) + 1
-    groups = [group for group in np.split(order, ends) if len(group) > 1 and group[0] < ours]
-    pairs = [group[np.stack(np.triu_indices(len(group), 1), axis=1)] for group in groups]
-    found = np.concatenate(pairs) if pairs else np.empty((0, 2), np.intp)
-    return found[found[:, 0] < ours]
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Pairs of copies, (m, 2); the distance of each, −1 where none counts; and how the reasons' names end."""
-
-    numbers: NDArray[np.intp]
-    distance: NDArray[np.intp]
-    kind: str
-
-    def where(self, mask: NDArray[np.bool_]) -> Iterator[tuple[int, int, int]]:
-        return zip(*self.numbers[mask].T.tolist(), self.distance[mask].tolist(), strict=True)
-
-
-def _drop_pairs(
-    left: _Left, faces: Faces, code: NDArray[np.intp], rows: NDArray[np.intp], theirs: list[str], pairs: _Pairs
-) -> None:
-    """Leave out one or both of each pair.
-
-    Args:
-        rows: of the training set, that the first numbers in `pairs` stand for.
-        theirs: images of the evaluation sets, that the numbers beyond stand for.
-    """
-    ours = pairs.numbers < len(rows)
-    for one, other, bits in pairs.where(ours[:, 0] & ~ours[:, 1]):
-        reason = "evaluated_near" if pairs.kind else "evaluated_photograph"
-        left.drop(rows[[one]], reason, [theirs[other - len(rows)]], bits)
-
-    within = pairs.where(ours[:, 0] & ours[:, 1])
-    found = [(int(rows[a]), int(rows[b]), bits) for a, b, bits in within]
-    found = [pair for pair in found if not left.reason[pair[0]] and not left.reason[pair[1]]]
-    contradictions = [pair for pair in found if code[pair[0]] != code[pair[1]]]
-    for a, b, bits in contradictions:
-        for row, other in ((a, b), (b, a)):
-            left.drop(np.array([row]), "contradiction" + pairs.kind, [faces.image_id[other].as_py()], bits)
-
-    def worth(row: int) -> tuple[float, int]:
-        return -faces.size[row], row
-
-    # The best first: each stays, and so those near it go, unless it has gone itself.
-    same = ([*sorted((a, b), key=worth), bits] for a, b, bits in found if code[a] == code[b])
-    for stays, goes, bits in sorted(same, key=lambda pair: (worth(pair[0]), worth(pair[1]))):
-        if not left.reason[stays]:
-            reason = "near_duplicate" if pairs.kind else "duplicate"
-            left.drop(np.array([goes]), reason, [faces.image_id[stays].as_py()], bits)
+    pictured = {name: np.flatnonzero(known.pictured) for name, known in evaluation.items()}
+    theirs = pa.array(
+        [
+            f"{name}: {image}"
+            for name, known in evaluation.items()
+            for image in known.image_id.take(pictured[name]).to_pylist()
+        ]
+    )
+    contents = [known.sha256.take(pictured[name]) for name, known in evaluation.items()]
+    kinds: dict[tuple[str, str, str], Copies] = {
+        ("evaluated_photograph", "contradiction", "duplicate"): Equal(faces.sha256, contents)
+    }
+    if near is not None:
+        assert faces.hashes is not None
+        hashes = [known.hashes[pictured[name]] for name, known in evaluation.items() if known.hashes is not None]
+        kinds["evaluated_near", "contradiction_near", "near_duplicate"] = Near(
+            faces.hashes, np.concatenate([np.empty((0, 4), np.uint64), *hashes]), near
+        )
+    best_first = np.argsort(-faces.size, kind="stable")
+    for (evaluated, contradiction, duplicate), copies in kinds.items():
+        rows = np.flatnonzero(left.alive)
+        left.drop_copies(rows, evaluated, copies.evaluated(rows), theirs)
+        rows = np.flatnonzero(left.alive)
+        left.drop_copies(rows, contradiction, copies.contradicting(rows, code), faces.image_id)
+        rows = best_first[left.alive[best_first]]
+        left.drop_copies(rows, duplicate, copies.better(rows, code), faces.image_id)

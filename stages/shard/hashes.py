@@ -1,5 +1,6 @@
-"""Which faces are copies of one another: equal or nearly equal perceptual hashes."""
+"""Perceptual hashes of faces, and which of them are near each other."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import imagehash
@@ -15,6 +16,8 @@ _SIDE = 16
 BITS = _SIDE * _SIDE
 """Of a hash. The usual 64 do not tell aligned faces apart, which all have their eyes in the same place."""
 _WORDS = BITS // 64
+_CANDIDATES = 1 << 16
+"""Pairs that are compared at a time: their memory fits a core's cache."""
 
 
 def perceptual_hash(face: NDArray[np.uint8]) -> NDArray[np.uint64]:
@@ -41,54 +44,87 @@ def hash_part(path: Path) -> NDArray[np.uint64]:
 
 
 def near_pairs(
-    hashes: NDArray[np.uint64], distance: int, ours: int | None = None
-) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """All pairs of hashes that differ in at most `distance` bits, and of which one at least is ours.
+    hashes: NDArray[np.uint64], group: NDArray[np.integer | np.bool_], distance: int, label: str = "near duplicates"
+) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Pairs of hashes of different groups that differ in at most `distance` bits.
 
-    Two such hashes are equal in at least one of any `distance + 1` groups of bits (the pigeonhole principle, as in
-    multi-index hashing, Norouzi et al., CVPR 2012), so only pairs with an equal group are compared.
+    Two such hashes are equal in at least one of any `distance + 1` sets of bits (the pigeonhole principle, as in
+    multi-index hashing, Norouzi et al., CVPR 2012), so only hashes that are equal in a set are compared: those sorted
+    by these bits, each with what lies between the end of its group and the end of the equal ones.
 
     Args:
         hashes: (n, 4) uint64.
-        ours: how many of the first are; all by default.
+        group: (n,).
+        label: what the progress bar says.
 
-    Returns:
-        Pairs (m, 2), the smaller index first, ascending; and their distances (m,).
+    Yields:
+        Batches of pairs, as two arrays of indices, (m,) each; the one of the lower group first, and a pair as often as
+        there are sets in which its hashes are equal. None takes more memory than _CANDIDATES or n need.
     """
-    bits = np.unpackbits(hashes.view(np.uint8).reshape(-1, BITS // 8), axis=1)
-    # neighbouring frequencies are alike; bits drawn from everywhere make more even groups
-    groups = np.array_split(np.random.default_rng(0).permutation(BITS), distance + 1)
-    found = [np.empty((0, 2), np.intp)]
-    for group in progress(groups, total=len(groups), label="near duplicates", unit="groups of bits"):
-        packed = np.packbits(bits[:, group[:64]], axis=1)
-        key = np.zeros((len(hashes), 8), np.uint8)
-        key[:, : packed.shape[1]] = packed
-        found.append(
-            _equal_and_near(key.view(np.uint64)[:, 0], hashes, distance, len(hashes) if ours is None else ours)
-        )
-    pairs = np.unique(np.concatenate(found), axis=0)
-    return pairs, _distances(hashes, pairs[:, 0], pairs[:, 1])
+    # neighbouring frequencies are alike; bits drawn from everywhere make more even sets
+    sets = np.array_split(np.random.default_rng(0).permutation(BITS), distance + 1)
+    for bits in progress(sets, total=len(sets), label=label, unit="sets of bits"):
+        key = _key(hashes, bits)
+        order = np.lexsort((group, key))
+        starts, stops = _runs(key[order], group[order])
+        words = np.ascontiguousarray(hashes[order].T)
+        for first, second in _candidates(starts, stops):
+            near = _near(words, first, second, distance)
+            yield order[first[near]], order[second[near]]
 
 
-def _equal_and_near(key: NDArray[np.uint64], hashes: NDArray[np.uint64], distance: int, ours: int) -> NDArray[np.intp]:
-    """Pairs with equal keys whose hashes are near: sorted by key, each of ours is compared with the next, the one
-    after, ...
-
-    The sort is stable: of equal keys ours come first, and of a pair the smaller index.
-    """
-    order = np.argsort(key, kind="stable")
-    ordered = key[order]
-    found = []
-    first, step = np.flatnonzero(order < ours), 1
-    while len(first):
-        first = first[: np.searchsorted(first, len(key) - step)]
-        first = first[ordered[first] == ordered[first + step]]
-        left, right = order[first], order[first + step]
-        near = _distances(hashes, left, right) <= distance
-        found.append(np.stack([left[near], right[near]], axis=1))
-        step += 1
-    return np.concatenate(found) if found else np.empty((0, 2), np.intp)
+def _key(hashes: NDArray[np.uint64], bits: NDArray[np.intp]) -> NDArray[np.uint64]:
+    """(n,) up to 64 of the bits of each hash."""
+    key, one = np.zeros(len(hashes), np.uint64), np.uint64(1)
+    for word, shift in zip(*divmod(bits[:64], 64), strict=True):
+        key = key << one | hashes[:, word] >> np.uint64(shift) & one
+    return key
 
 
-def _distances(hashes: NDArray[np.uint64], left: NDArray[np.intp], right: NDArray[np.intp]) -> NDArray[np.intp]:
-    return np.bitwise_count(hashes[left] ^ hashes[right]).sum(axis=1, dtype=np.intp)
+def _runs(key: NDArray[np.uint64], group: NDArray[np.integer | np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Of each place in the order of keys, and of groups among equal keys: where its group ends, and where its key."""
+    new_key = np.append(key[1:] != key[:-1], True)
+    new_group = new_key | np.append(group[1:] != group[:-1], True)
+    ends = (np.flatnonzero(new) + 1 for new in (new_group, new_key))
+    starts, stops = (np.repeat(end, np.diff(end, prepend=0)) for end in ends)
+    return starts, stops
+
+
+def _candidates(
+    starts: NDArray[np.intp], stops: NDArray[np.intp]
+) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Each place with all from its start to before its stop, in batches of _CANDIDATES, or of one place."""
+    places = np.flatnonzero(stops > starts)
+    starts, counts = starts[places], (stops - starts)[places]
+    ends = np.cumsum(counts)
+    begin = 0
+    while begin < len(places):
+        before = ends[begin] - counts[begin]
+        end = max(begin + 1, int(np.searchsorted(ends, before + _CANDIDATES, side="right")))
+        some = slice(begin, end)
+        first = np.repeat(places[some], counts[some])
+        # each place's own count from zero, moved to its start
+        second = np.arange(len(first)) + np.repeat(starts[some] + before - (ends - counts)[some], counts[some])
+        yield first, second
+        begin = end
+
+
+def _near(
+    words: NDArray[np.uint64], first: NDArray[np.intp], second: NDArray[np.intp], distance: int
+) -> NDArray[np.intp]:
+    """Which pairs differ in at most `distance` bits: most are told by the first of their words."""
+    near = np.arange(len(first))
+    bits = np.zeros(len(first), np.uint16)
+    for word in words:
+        bits = bits + np.bitwise_count(word[first[near]] ^ word[second[near]])
+        few = bits <= distance
+        near, bits = near[few], bits[few]
+    return near
+
+
+def bits_apart(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> NDArray[np.uint16]:
+    """In how many bits hashes (..., 4) differ, broadcast against each other."""
+    bits = np.bitwise_count(one[..., 0] ^ other[..., 0]).astype(np.uint16)
+    for word in range(1, _WORDS):
+        bits += np.bitwise_count(one[..., word] ^ other[..., word])
+    return bits

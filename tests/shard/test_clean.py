@@ -1,9 +1,14 @@
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from stages.shard.clean import Faces, ShardError, clean, normalised
 from tests.samples import shard_section
@@ -81,6 +86,126 @@ def test_a_chain_of_near_copies_keeps_what_is_far_from_what_stays() -> None:
     known.hashes[1, 0] ^= np.uint64(0b1111)
     known.hashes[2, 0] ^= np.uint64(0b11111111)
     assert dropped(known, duplicates=True, near_duplicates=4) == {"a/2": ("near_duplicate", "a/1", 4)}
+
+
+class Photograph(NamedTuple):
+    image: str
+    identity: str
+    content: str
+    hash: NDArray[np.uint64]
+    size: float
+
+
+def photographs(known: Faces, prefix: str = "") -> list[Photograph]:
+    """Those with a face."""
+    assert known.hashes is not None
+    ids, identities, contents = (column.to_pylist() for column in (known.image_id, known.identity, known.sha256))
+    return [
+        Photograph(prefix + ids[row], identities[row], contents[row], known.hashes[row], known.size[row])
+        for row in np.flatnonzero(known.status == "detected").tolist()
+    ]
+
+
+def by_definition(known: Faces, evaluation: dict[str, Faces], bits: int) -> dict[str, tuple[Any, ...]]:
+    """What is left out as a copy, photograph by photograph."""
+
+    def equal(one: Photograph, other: Photograph) -> tuple[bool, None]:
+        return one.content == other.content, None
+
+    def near(one: Photograph, other: Photograph) -> tuple[bool, int]:
+        apart = int(np.bitwise_count(one.hash ^ other.hash).sum())
+        return apart <= bits, apart
+
+    left = photographs(known)
+    theirs = [each for name, of_set in evaluation.items() for each in photographs(of_set, f"{name}: ")]
+    gone: dict[str, tuple[Any, ...]] = {}
+
+    def look(one: Photograph, others: Iterable[Photograph], copy: Any, reason: str) -> None:
+        """Note that one is to go if it is a copy of any of the others."""
+        for other in others:
+            if (found := copy(one, other))[0]:
+                gone[one.image] = (reason, other.image, found[1])
+                break
+
+    def still() -> list[Photograph]:
+        return [one for one in left if one.image not in gone]
+
+    for copy, evaluated, contradiction, duplicate in (
+        (equal, "evaluated_photograph", "contradiction", "duplicate"),
+        (near, "evaluated_near", "contradiction_near", "near_duplicate"),
+    ):
+        for one in left:
+            look(one, theirs, copy, evaluated)
+        left = still()
+        for one in left:
+            look(one, [other for other in left if other.identity != one.identity], copy, contradiction)
+        left, stays = still(), list[Photograph]()
+        for one in sorted(left, key=lambda each: -each.size):
+            look(one, [other for other in stays if other.identity == one.identity], copy, duplicate)
+            stays += [] if one.image in gone else [one]
+        left = still()
+    return gone
+
+
+@settings(max_examples=100)
+@given(
+    seed=st.integers(0, 10_000),
+    count=st.integers(2, 40),
+    centres=st.integers(1, 20),
+    spread=st.integers(0, 16),
+    people=st.integers(1, 12),
+    theirs=st.integers(0, 6),
+    cells=st.integers(1, 300),
+)
+def test_copies_by_definition(
+    seed: int, count: int, centres: int, spread: int, people: int, theirs: int, cells: int
+) -> None:
+    """Chains, cliques and ties among people and evaluation sets, compared a few at a time."""
+    rng = np.random.default_rng(seed)
+    middles = rng.integers(0, 2, (centres, 256), dtype=np.uint8)
+
+    def some(count: int) -> Faces:
+        rows = [
+            (f"{i}", f"p{rng.integers(people)}", f"{rng.integers(3 * count)}", int(rng.integers(-1, 15)))
+            for i in range(count)
+        ]
+        known = faces(*rows, sizes={f"{i}": float(rng.integers(40, 44)) for i in range(count)})
+        bits = middles[rng.integers(0, centres, count)]
+        for row in bits:
+            row[rng.permutation(256)[: rng.integers(0, spread + 1)]] ^= 1
+        return replace(known, hashes=np.packbits(bits, axis=1).view(np.uint64).reshape(count, 4))
+
+    evaluation = {"lfw": some(theirs // 2), "ytf": some(theirs - theirs // 2)} if theirs > 1 else {}
+    known, rest = some(count), faces(*OTHERS)  # or fewer than two people might be left
+    ids, identities, contents = (
+        pa.chunked_array(getattr(known, column).chunks + getattr(rest, column).chunks)
+        for column in ("image_id", "identity", "sha256")
+    )
+    arrays = (np.concatenate([getattr(known, name), getattr(rest, name)]) for name in ("status", "size", "hashes"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.shard.copies._CELLS", cells)
+        found = dropped(Faces(ids, identities, contents, *arrays), evaluation, duplicates=True, near_duplicates=8)
+    assert {image: why for image, why in found.items() if why[0] != "no_face"} == by_definition(known, evaluation, 8)
+
+
+@pytest.mark.parametrize("identities", [1, 5000])
+def test_thousands_of_copies_of_one_photograph(identities: int) -> None:
+    """Of which there are fifty million pairs."""
+    count = 10_000
+    number = np.arange(count)
+    known = faces(*((f"{i}", f"p{i % identities}", "s", 0) for i in number), *OTHERS)
+    found = dropped(known, duplicates=True, near_duplicates=None)
+    assert len(found) == count - (identities == 1)
+    assert found["9999"] == (("duplicate", "0", None) if identities == 1 else ("contradiction", "0", None))
+
+
+def test_thousands_of_near_copies_of_one_photograph() -> None:
+    known = faces(*((f"{i}", "p", f"{i}", 0) for i in range(5000)), *OTHERS)
+    for row in range(1, 5000):
+        near(known, row, to=0, bits=1 + row % 12)
+    found = dropped(known, duplicates=True, near_duplicates=24)
+    assert len(found) == 4999
+    assert found["4999"] == ("near_duplicate", "0", 1 + 4999 % 12)
 
 
 def test_photographs_of_an_evaluation_set() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data
 
-from stages.shard.hashes import near_pairs, perceptual_hash
+from stages.shard.hashes import bits_apart, near_pairs, perceptual_hash
 
 
 @settings(max_examples=60)
@@ -16,21 +16,37 @@ from stages.shard.hashes import near_pairs, perceptual_hash
     count=st.integers(0, 40),
     distance=st.integers(0, 32),
     spread=st.integers(0, 40),
-    theirs=st.integers(0, 40),
+    groups=st.integers(1, 40),
+    candidates=st.integers(1, 100),
 )
-def test_near_pairs_are_those_of_a_brute_force(seed: int, count: int, distance: int, spread: int, theirs: int) -> None:
-    """Hashes around a few centres, off by up to `spread` bits; pairs of the last ones among themselves do not count."""
-    ours = max(0, count - theirs)
+def test_near_pairs_are_those_of_a_brute_force(
+    seed: int, count: int, distance: int, spread: int, groups: int, candidates: int
+) -> None:
+    """Hashes around a few centres, off by up to `spread` bits, compared few at a time."""
     rng = np.random.default_rng(seed)
     bits = rng.integers(0, 2, (3, 256), dtype=np.uint8)[rng.integers(0, 3, count)]
     for row in bits:
         row[rng.permutation(256)[: rng.integers(0, spread + 1)]] ^= 1
     hashes = np.packbits(bits, axis=1).view(np.uint64).reshape(count, 4)
-    pairs, distances = near_pairs(hashes, distance, ours)
-    expected = {
-        (i, j): d for i in range(ours) for j in range(i + 1, count) if (d := (bits[i] != bits[j]).sum()) <= distance
+    group = rng.integers(0, groups, count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.shard.hashes._CANDIDATES", candidates)
+        batches = list(near_pairs(hashes, group, distance))
+    assert all(len(one) == len(other) <= max(candidates, count) for one, other in batches)
+    found = {pair for one, other in batches for pair in zip(one.tolist(), other.tolist(), strict=True)}
+    assert found == {
+        (i, j)
+        for i in range(count)
+        for j in range(count)
+        if group[i] < group[j] and (bits[i] != bits[j]).sum() <= distance
     }
-    assert dict(zip(map(tuple, pairs.tolist()), distances.tolist(), strict=True)) == expected
+
+
+def test_bits_apart_are_counted_to_the_last() -> None:
+    bits = np.random.default_rng(0).integers(0, 2, (3, 256), dtype=np.uint8)
+    bits[1] = 1 - bits[0]
+    hashes = np.packbits(bits, axis=1).view(np.uint64)
+    assert bits_apart(hashes[:, None], hashes[None]).tolist() == (bits[:, None] != bits[None]).sum(axis=2).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +54,7 @@ def face() -> Image.Image:
     return Image.fromarray(data.astronaut()[20:180, 150:300]).convert("L").resize((112, 112), Image.Resampling.LANCZOS)
 
 
-def bits_apart(a: Image.Image, b: Image.Image) -> int:
+def apart(a: Image.Image, b: Image.Image) -> int:
     one, other = (perceptual_hash(np.asarray(image, np.uint8)) for image in (a, b))
     return int(np.bitwise_count(one ^ other).sum())
 
@@ -55,10 +71,10 @@ def test_a_copy_is_near_and_another_face_is_far(face: Image.Image) -> None:
         face.resize((64, 64)).resize((112, 112)),
         face.point(lambda value: int(value * 0.8 + 20)),
     ]
-    assert all(bits_apart(face, copy) <= 24 for copy in copies)
+    assert all(apart(face, copy) <= 24 for copy in copies)
     other = Image.fromarray(data.camera()[60:220, 150:300]).resize((112, 112))
-    assert bits_apart(face, other) > 64
-    assert bits_apart(face, face.rotate(8)) > 32
+    assert apart(face, other) > 64
+    assert apart(face, face.rotate(8)) > 32
 
 
 def test_bits_are_those_of_the_transform(face: Image.Image) -> None:
