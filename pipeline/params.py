@@ -236,7 +236,8 @@ class Clean(Section):
     same_names: bool
     """Whether identities that bear a name of an evaluation set are left out."""
     names: Annotated[str, Field(min_length=1)]
-    """A file of lines `<identity> <name>`, where identities are numbers; others are their own names."""
+    """A file of lines `<identity> <name>`, where identities are numbers; others are their own names, if they have a
+    letter."""
     lists: list[Literal["casia-webface-lfw"]]
     """Published lists of identities that a training set shares with an evaluation set."""
     exclude: Annotated[str, Field(min_length=1)]

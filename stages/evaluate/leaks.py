@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from pipeline import tables
 from stages.evaluate.verification import EvaluationError
-from stages.shard.clean import normalised, read_names
+from stages.shard.clean import name_of, normalised, read_names
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def check_leaks(
     table = tables.read_table(labels, tables.LABELS, ["identity", "train"])
     trained = table.filter(pc.greater(table["train"], 0))["identity"].to_pylist()
     called = read_names(names)
-    known = {normalised(called.get(identity, identity)): identity for identity in trained}
+    known = {own: identity for identity in trained if (own := name_of(identity, called))}
     found = [(known[same], each) for each in sorted(set(identities)) if (same := normalised(each)) in known]
     if found:
         told = ", ".join(trained if trained == each else f"{each} ({trained})" for trained, each in found[:_TOLD])

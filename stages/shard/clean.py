@@ -1,6 +1,7 @@
 """What is left out of the training set, and why: each step a parameter, each image left out a row with its reason."""
 
 import csv
+import logging
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -15,6 +16,8 @@ from pipeline import tables
 from pipeline.errors import InputError
 from pipeline.params import Clean
 from stages.shard.copies import Copies, Equal, Found, Near, Rows
+
+log = logging.getLogger(__name__)
 
 REASONS = {
     "unreadable": "the photograph cannot be read",
@@ -123,7 +126,14 @@ def clean(faces: Faces, evaluation: dict[str, Faces], params: Clean) -> pa.Table
     left.drop(images, "excluded")
     left.drop(_rows_of(code, names, identities), "excluded")
     for name in params.lists:
-        left.drop(_rows_of(code, names, _listed(name)), "published_list")
+        listed = _rows_of(code, names, _listed(name))
+        left.drop(listed, "published_list")
+        if not len(listed):
+            log.warning(
+                "shard.clean.lists: the training set has none of the identities of %s, such as %r; the set's are "
+                "written as %r. If it has these people by other names, list them in %s",
+                *(name, _listed(name)[0], next(iter(names), ""), params.exclude),
+            )
     if params.same_names:
         called = read_names(Path(params.names))
         _check_names(called, names.tolist(), params.names)
@@ -157,26 +167,49 @@ def normalised(name: str) -> str:
     return "".join(c for c in decomposed.casefold() if c.isalnum())
 
 
+def name_of(identity: str, called: dict[str, str]) -> str:
+    """The name of an identity of the training set, as it is compared; empty where it has none.
+
+    What has no letter is a number that somebody gave: two sets that count from 0 do not share people for that. Unless
+    `called`, of read_names, has it for a name.
+    """
+    if identity in called:
+        return normalised(called[identity])
+    return normalised(identity) if any(c.isalpha() for c in identity) else ""
+
+
 def read_names(path: Path) -> dict[str, str]:
-    """The names of identities that are numbers, `<identity> <name>` a line.
+    """The names of identities that are numbers, `<identity> <name>` a line; a tab, if there is one, separates them.
 
     Raises:
-        ShardError: there is no such file, or a line has no name.
+        ShardError: there is no such file, a line has no name, or two give an identity different ones.
     """
-    names = {}
-    for number, line in enumerate(_lines(path, "shard.clean.names"), 1):
-        if not line.strip() or line.startswith("#"):
+    names: dict[str, str] = {}
+    for number, line in enumerate(map(str.strip, _lines(path, "shard.clean.names")), 1):
+        if not line or line.startswith("#"):
             continue
-        parts = line.split(maxsplit=1)
-        if len(parts) < 2:
-            raise ShardError(f"{path}: line {number}: expected `<identity> <name>`, not {line.strip()!r}")
-        names[parts[0]] = parts[1].strip()
+        identity, *name = (part.strip() for part in line.split("\t" if "\t" in line else None, maxsplit=1))
+        if not name:
+            raise ShardError(f"{path}: line {number}: expected `<identity> <name>`, not {line!r}")
+        if names.setdefault(identity, name[0]) != name[0]:
+            raise ShardError(
+                f"{path}: line {number}: {identity!r} would be {name[0]!r}, but is {names[identity]!r} by an earlier "
+                "line; keep one of them, or put a tab behind each identity if they contain spaces"
+            )
     return names
 
 
 def _check_names(called: dict[str, str], identities: list[str], origin: str) -> None:
     """Refuse names of another set, or of identities written otherwise; names of a larger set will do."""
-    if called and called.keys().isdisjoint(identities):
+    known = set(identities)
+    for identity in identities:
+        first, _, rest = identity.partition(" ")
+        if rest and first not in known and f"{called.get(first, '')} ".startswith(f"{rest.strip()} "):
+            raise ShardError(
+                f"{origin}: {first!r} is called {called[first]!r}, but the training set has {identity!r}; put a tab "
+                "behind an identity that contains spaces"
+            )
+    if called and called.keys().isdisjoint(known):
         raise ShardError(
             f"{origin}: the training set has none of its identities, such as {next(iter(called))!r}; the set's are "
             f"written as {identities[0]!r}. Set shard.clean.names in params.yaml to this set's list, or empty the file"
@@ -245,7 +278,8 @@ def _drop_names(
         for identity in sorted(set(known.identity.to_pylist()))
     }
     for number, identity in enumerate(names):
-        same = theirs.get(normalised(called.get(identity, identity)))
+        own = name_of(identity, called)
+        same = theirs.get(own) if own else None
         if same is not None:
             left.drop(np.flatnonzero(code == number), "evaluated_name", same)
 

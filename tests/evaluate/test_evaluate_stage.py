@@ -116,11 +116,13 @@ def test_pairs_name_an_absent_image(workspace: Workspace, tmp_path: Path) -> Non
 
 
 def test_people_who_are_trained_on_are_refused_or_told(workspace: Workspace, tmp_path: Path) -> None:
-    """By their names in letters and digits alone; those that are only validated count for nothing."""
+    """By their names in letters and digits alone; those that are only validated count for nothing, nor do numbers that
+    names.txt does not have for names.
+    """
     people = [{"label": 0, "identity": "0000045", "train": 3}, {"label": 1, "identity": "5", "train": 2}]
-    people += [{"label": 2, "identity": "2", "train": 0, "val": 3}]
+    people += [{"label": 2, "identity": "2", "train": 0, "val": 3}, {"label": 3, "identity": "4", "train": 3}]
     write_table(tmp_path / "labels.parquet", pa.Table.from_pylist(people, LABELS), LABELS)
-    (tmp_path / "names.txt").write_text("0000045 3.\n")
+    (tmp_path / "names.txt").write_text("0000045 3.\n5 5\n2 2\n")
     trained = Trained(tmp_path / "labels.parquet", tmp_path / "names.txt")
     folders = (workspace.raw / "lfw", workspace.embedded / "lfw", trained, tmp_path / "out")
     with pytest.raises(EvaluationError, match=r"lfw: 2 of its people are trained on: 3 \(0000045\), 5\. Leave them"):
@@ -219,14 +221,14 @@ def test_identification_is_the_brute_force_on_what_is_embedded(flip: str, tmp_pa
 
 def test_probes_who_are_trained_on_are_refused_or_told(workspace: Workspace, tmp_path: Path) -> None:
     """By their names in letters and digits alone; those that are only validated count for nothing."""
-    people = [{"label": 0, "identity": "0000045", "train": 3}, {"label": 1, "identity": "1-2", "train": 2}]
+    people = [{"label": 0, "identity": "0000045", "train": 3}, {"label": 1, "identity": "b", "train": 2}]
     people += [{"label": 2, "identity": "11", "train": 0, "val": 3}, {"label": 3, "identity": "13x", "train": 4}]
     write_table(tmp_path / "labels.parquet", pa.Table.from_pylist(people, LABELS), LABELS)
-    (tmp_path / "names.txt").write_text("0000045 10.\n")
+    (tmp_path / "names.txt").write_text("0000045 10.\nb 1-2\n11 11\n")
     trained = Trained(tmp_path / "labels.parquet", tmp_path / "names.txt")
     sets, cpu = (workspace.embedded / "probes", workspace.embedded / "distractors"), torch.device("cpu")
     with pytest.raises(
-        EvaluationError, match=r"probes: 2 of its people are trained on: 10 \(0000045\), 12 \(1-2\)\. Leave them"
+        EvaluationError, match=r"probes: 2 of its people are trained on: 10 \(0000045\), 12 \(b\)\. Leave them"
     ):
         identify.run(*sets, trained, tmp_path / "out", EVALUATE, cpu, NoRun())
     assert not (tmp_path / "out").exists()

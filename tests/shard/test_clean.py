@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from stages.shard.clean import Faces, ShardError, clean, normalised
-from tests.samples import shard_section
+from tests.samples import ROOT, shard_section
 
 
 def faces(*rows: tuple[str, str, str, int], sizes: dict[str, float] | None = None) -> Faces:
@@ -228,6 +228,21 @@ def test_names_of_an_evaluation_set(tmp_path: Path) -> None:
     }
 
 
+def test_a_number_is_no_name_unless_the_list_has_it(tmp_path: Path) -> None:
+    known = faces(
+        ("1/1", "0042", "s", 0), ("2/1", "17", "t", 1), ("3/1", "__", "u", 2), ("4/1", "p17", "v", 3), *OTHERS
+    )
+    theirs = {
+        "probes": faces(("Q/1", "0042", "q", 5), ("Q/2", "17", "q", 6), ("Q/3", "..", "q", 7), ("Q/4", "p17", "r", 8))
+    }
+    named = {"4/1": ("evaluated_name", "probes: p17", None)}
+    assert dropped(known, theirs, same_names=True) == named
+    (tmp_path / "names.txt").write_text("0042 17\n17 ?\n")
+    assert dropped(known, theirs, same_names=True, names=str(tmp_path / "names.txt")) == named | {
+        "1/1": ("evaluated_name", "probes: 17", None)
+    }
+
+
 def test_normalised_names() -> None:
     assert normalised("Zoë_O'Neill") == normalised("ZOE ONEILL") == "zoeoneill"
     assert normalised("Müller") != normalised("Möller")
@@ -239,6 +254,19 @@ def test_published_lists() -> None:
         "a/1": ("published_list", None, None),
         "b/1": ("published_list", None, None),
     }
+
+
+def test_a_published_list_of_which_the_set_has_nobody_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    known = faces(("a/1", "166921", "s", 0), *OTHERS)
+    assert dropped(known, lists=["casia-webface-lfw"]) == {}
+    assert caplog.messages == [
+        "shard.clean.lists: the training set has none of the identities of casia-webface-lfw, such as '0166921'; the "
+        "set's are written as '166921'. If it has these people by other names, list them in "
+        f"{ROOT / 'data' / 'exclude.csv'}"
+    ]
+    caplog.clear()
+    dropped(faces(("a/1", "0166921", "s", 0), *OTHERS), lists=["casia-webface-lfw"])
+    assert caplog.messages == []
 
 
 def test_what_people_have_decided(tmp_path: Path) -> None:
@@ -292,6 +320,34 @@ def test_a_line_without_a_name_is_named(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("0042 Al Gore\n0043\n")
     with pytest.raises(ShardError, match=r"names\.txt: line 2: expected `<identity> <name>`, not '0043'"):
         dropped(faces(("a/1", "a", "s", 0), *OTHERS), same_names=True, names=str(tmp_path / "names.txt"))
+
+
+def test_two_names_of_one_identity_are_refused(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("0042 Al Gore\n0043 Tipper Gore\n0042 Al Gore\n0043 Al Gore\n")
+    with pytest.raises(
+        ShardError, match=r"names\.txt: line 4: '0043' would be 'Al Gore', but is 'Tipper Gore' by an ea"
+    ):
+        dropped(faces(("1/1", "0042", "s", 0), *OTHERS), same_names=True, names=str(names))
+
+
+def test_an_identity_with_spaces_needs_a_tab_behind_it(tmp_path: Path) -> None:
+    known, names = faces(("1/1", "person 1", "s", 0), ("2/1", "person 22", "t", 1), *OTHERS), tmp_path / "names.txt"
+    theirs = {"lfw": faces(("R/1", "Al_Gore", "r", 6))}
+    names.write_text("person 1 Al Gore\nx y\n")
+    with pytest.raises(
+        ShardError, match=r"'person' is called '1 Al Gore', but the training set has 'person 1'; put a tab"
+    ):
+        dropped(known, theirs, same_names=True, names=str(names))
+    names.write_text("person 1 Al Gore\nperson 22 Tipper Gore\n")
+    with pytest.raises(
+        ShardError, match=r"line 2: 'person' would be '22 Tipper Gore', .* put a tab behind each identity"
+    ):
+        dropped(known, theirs, same_names=True, names=str(names))
+    names.write_text("person 1\tAl Gore\nperson 22\t Tipper Gore\n")
+    assert dropped(known, theirs, same_names=True, names=str(names)) == {
+        "1/1": ("evaluated_name", "lfw: Al_Gore", None)
+    }
 
 
 def test_identities_of_whom_too_little_is_left_go_last() -> None:
