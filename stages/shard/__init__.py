@@ -10,6 +10,7 @@ the outcome        page.py      counts, and what was left out to look at; verify
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,9 +67,8 @@ def run(
     decided = tables.fingerprint(reason.tolist())
     key = tables.fingerprint(params.model_dump(), face.model_dump(), inputs, files, decided, code=(_CODE,))
     with tables.resumable(out, key) as unfinished:
-        about = {
-            "cosface": json.dumps({"format": FORMAT, "align.face": face.model_dump(), "shard": params.model_dump()})
-        }
+        photographs = faces.digest()
+        about = {"cosface": json.dumps(_described(params, face, photographs))}
         splits: dict[str, list[ShardFile]] = {}
         order: list[NDArray[np.intp]] = []
         for number, split in enumerate(("train", "val")):
@@ -91,6 +91,7 @@ def run(
         index = Index(
             format=FORMAT,
             face=face,
+            photographs=photographs,
             row_group_rows=params.row_group_rows,
             files={split: [listed[file.name] for file in of_split] for split, of_split in splits.items()},
             tables={f"{name}.parquet": tables.sha256_file(unfinished / f"{name}.parquet") for name in others},
@@ -102,6 +103,19 @@ def run(
     for name, count in metrics["dropped"].items():
         if count:
             log.info("left out: %s %s", f"{count:,}", name)
+
+
+def _described(params: Shard, face: Face, photographs: str) -> dict[str, Any]:
+    """What each shard says of itself."""
+    from stages.align.warp import TEMPLATE  # with it comes torch, which workers do without
+
+    return {
+        "format": FORMAT,
+        "align.face": face.model_dump(),
+        "align.template": TEMPLATE.tolist(),
+        "shard": params.model_dump(),
+        "photographs": photographs,
+    }
 
 
 def _hashes(aligned: Path, params: Shard, machine: Machine) -> NDArray[np.uint64] | None:

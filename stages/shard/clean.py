@@ -1,6 +1,7 @@
 """What is left out of the training set, and why: each step a parameter, each image left out a row with its reason."""
 
 import csv
+import hashlib
 import logging
 import re
 import unicodedata
@@ -62,6 +63,13 @@ class Faces:
     def pictured(self) -> NDArray[np.bool_]:
         """Which have an aligned face."""
         return ~np.isin(self.status, WITHOUT_FACE)
+
+    def digest(self) -> str:
+        """SHA-256 of the photographs, as `sha256sum` lists files: a line `<SHA-256>  <image_id>` for each, in order."""
+        digest = hashlib.sha256()
+        for photograph in zip(self.sha256.to_pylist(), self.image_id.to_pylist(), strict=True):
+            digest.update("{}  {}\n".format(*photograph).encode())
+        return digest.hexdigest()
 
     @classmethod
     def read(cls, aligned: Path, hashes: NDArray[np.uint64] | None) -> "Faces":

@@ -46,6 +46,9 @@ class Index(BaseModel):
     format: int
     face: Face
     """What align made of each face; all have this size."""
+    photographs: str | None = None
+    """SHA-256 of the lines `<SHA-256>  <image_id>` of the training set's photographs, in order; shards of before it was
+    kept have None."""
     row_group_rows: int
     files: dict[str, list[File]]
     """Of the splits train and val."""

@@ -127,8 +127,24 @@ def test_a_shard_says_what_it_is(tmp_path: Path) -> None:
     metadata = pq.read_metadata(tmp_path / "shards" / "train-00000-of-00003.parquet").metadata
     about = json.loads(metadata[b"cosface"])
     assert about["align.face"] == {"width": 112, "margin": 0, "quality": 95}
+    assert about["align.template"][2] == [56.0252, 71.7366]  # the nose, as published
     assert about["shard"]["seed"] == 3
     assert metadata[b"split"] == b"train"
+    images = [f"id{identity:03d}/{photo:04d}" for identity in range(2) for photo in range(12)]
+    lines = "".join(f"{hashlib.sha256(image.encode()).hexdigest()}  {image}\n" for image in images)
+    assert about["photographs"] == hashlib.sha256(lines.encode()).hexdigest()
+    index = json.loads((tmp_path / "shards" / "index.json").read_text())
+    assert index["photographs"] == about["photographs"]
+
+
+def test_shards_of_before_their_photographs_were_named_are_read(tmp_path: Path) -> None:
+    write_aligned(tmp_path / "aligned", [12, 12])
+    run(tmp_path)
+    path = tmp_path / "shards" / "index.json"
+    index = json.loads(path.read_text())
+    del index["photographs"]
+    path.write_text(json.dumps(index))
+    assert shard.reader.Shards(str(tmp_path / "shards")).index.photographs is None
 
 
 def test_a_link_in_place_of_the_shards_is_refused_before_anything_is_read(tmp_path: Path) -> None:
