@@ -2,7 +2,7 @@
 
 Its network has no batch normalisation. A smaller one of its kind (sphere20) learns real faces (`--aligned`: a folder of
 the aligned table) by its head and arithmetic; the rate is as much of the recipe's as `--batch` is of its 512, and the
-warm-up, where there is one, a quarter of its 1,000 iterations. The result goes to benchmarks/results/beginning.json.
+warm-up, where there is one, a fifth of its 1,000 iterations. The result goes to benchmarks/results/beginning.json.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def section(batch: int, warmup: int = 0, clip_norm: float | None = None) -> Trai
     train = load_params(RECIPES / "cosface-casia.yaml").train
     share = batch / train.batch
     rate = train.optimizer.learning_rate * share
-    schedule = train.schedule.model_copy(update={"warmup": warmup // 4})
+    schedule = train.schedule.model_copy(update={"warmup": warmup // 5})
     return train.model_copy(
         update={
             "backbone": train.backbone.model_copy(update={"name": "sphere20"}),
