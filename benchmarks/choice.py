@@ -11,6 +11,7 @@ Each trial is kept in benchmarks/results/choice.json under its name.
 import argparse
 import json
 import platform
+import shutil
 import tempfile
 import time
 from importlib.metadata import version
@@ -96,10 +97,10 @@ def tried(params: Params, work: Path) -> dict[str, Any]:
     loader = Loader(split, face, params.train, device, cache=params.machine.cache, cache_folder=work / "decoded")
     loader.load_state_dict({"iteration": 0})
     verification = AllPairs(shards, params)
-    checkpoints = Checkpoints(work / "checkpoints", tables.fingerprint(params.model_dump()), kept=1)
+    checkpoints = Checkpoints(work / "checkpoints", params.model_dump(mode="json"), kept=1)
     started, computed = time.perf_counter(), time.process_time()
     train(params.train, params.machine, loader, verification, training, 0, device, checkpoints, lambda *_: None)
-    checkpoints.clear()
+    shutil.rmtree(checkpoints.folder)
     return {
         "params": distinctive(params),
         "training": {

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -144,8 +145,8 @@ def run(name: str, params: Params, work: Path, out: Path) -> None:
         from benchmarks.learning_peer import replace_head
 
         replace_head(training, params.train.head, same_start=name == PEER)  # type: ignore[arg-type]
-    key = tables.fingerprint(name, params.train.model_dump(), shards.hashes())
-    checkpoints = Checkpoints(work / "checkpoints", key, kept=1)
+    made_by = {"name": name, "train": params.train.model_dump(mode="json"), "data": shards.hashes()}
+    checkpoints = Checkpoints(work / "checkpoints", made_by, kept=1)
     found = None if name.startswith(PEER) else checkpoints.newest()  # a foreign head cannot go on from one
     done = 0
     if found:
@@ -189,7 +190,7 @@ def run(name: str, params: Params, work: Path, out: Path) -> None:
     }
     with tables.atomic(out) as path:
         path.write_text(json.dumps(content, indent=1) + "\n")
-    checkpoints.clear()
+    shutil.rmtree(checkpoints.folder)
 
 
 def identity(params: Params) -> str:

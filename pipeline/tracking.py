@@ -134,7 +134,8 @@ class Run(NoRun):
         """
         with self._forgiving("the model", UPLOAD_SECONDS):
             self._client.log_artifacts(self.id, str(models), "models")
-            self._model = _log_exported_model(self.id, self._experiment, models)
+            if self._model is None:  # or a training that had ended only writes its outcome again
+                self._model = _log_exported_model(self.id, self._experiment, models)
 
     def set_tag(self, key: str, value: str) -> None:
         """Label the run."""

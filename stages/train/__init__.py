@@ -4,7 +4,9 @@ import json
 import logging
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +14,11 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.executor import choose_device, enough_gpu_memory, keep_memory
-from pipeline.params import CosFace, Params, shown
-from pipeline.tables import atomic, fingerprint
+from pipeline.params import CosFace, Params, Train, flatten, shown
+from pipeline.tables import atomic, fingerprint, locked
 from pipeline.tracking import NoRun, model_digest, training_run
 from stages.shard.reader import Shards
-from stages.train.checkpoint import Checkpoints
+from stages.train.checkpoint import Checkpoints, Other
 from stages.train.heads import margin_upper_bound, scale_lower_bound
 from stages.train.loader import Loader, loader_processes
 from stages.train.loop import Row, Training, begin, history_csv, train
@@ -30,7 +32,17 @@ log = logging.getLogger(__name__)
 
 _FEW = 16
 """Images over which batch normalisation's statistics are poor (Wu and He, Group Normalization, ECCV 2018, Figure 1)."""
-CODE = (Path(__file__).parent, Path(__file__).parents[1] / "shard")
+_HERE = Path(__file__).parent
+_ASIDE = {"__main__", "checkpoint", "export", "launch", "meter", "sheet", "validation"}
+"""Modules of this folder that do not decide the weights."""
+CODE = (
+    *(path for path in sorted(_HERE.glob("*.py")) if path.stem not in _ASIDE),
+    _HERE.parent / "shard" / "reader.py",
+)
+"""What does: trained by other code, a checkpoint is of no use."""
+_NEITHER = {"data", "log_every", "checkpoint_every", "recompute"}
+"""Keys of section train that do not: where the data lies, how often something is written down, and how memory is saved,
+which is the same to the bit."""
 
 
 def run(models: Path, checkpoints_root: Path, params: Params) -> None:
@@ -39,88 +51,105 @@ def run(models: Path, checkpoints_root: Path, params: Params) -> None:
     By this process alone, or, where torchrun has started it, together with the others: then `models` and the
     checkpoints must be folders that all of them see.
 
-    An interrupted training goes on from its last checkpoint and ends, on a CPU, in the same bits as one that was
-    never interrupted. Writes backbone.safetensors, head.safetensors, model.json, train.json, history.csv, and
-    faces.png: faces as the network sees them.
+    An interrupted training goes on from its last checkpoint and ends, on a CPU, in the same bits as one that was never
+    interrupted; one that has ended is not repeated, but its outcome written again. The last checkpoint stays until a
+    training by other parameters, data or code has ended, which deletes what others have left. Parameters that do not
+    decide the weights may change: rows of the history stay as they were written.
+
+    Writes backbone.safetensors, head.safetensors, model.json, train.json, history.csv, and faces.png: faces as the
+    network sees them.
 
     Args:
         models: folder of the model.
-        checkpoints_root: folder for checkpoints; emptied of this training's when it ends well.
+        checkpoints_root: folder for checkpoints, of one training at a time: another one that runs is waited for.
         params: all of params.yaml: section train decides, the others are recorded.
 
     Raises:
         TableError: shards are absent, incomplete, or fewer than a batch.
-        InputError: several processes cannot share a batch or the identities, or the GPU's memory is too small.
+        InputError: several processes cannot share a batch or the identities, do not share a folder, the GPU's memory is
+            too small, or no checkpoint of this training can be used.
         TrainingError: the loss or the gradient is no longer finite.
         Interrupted: asked to end; a checkpoint is there.
+        OSError: the system refuses, for want of space for one; earlier checkpoints are there.
     """
     keep_memory()
     take_gpu(params.machine)
     with together(choose_device(params.machine.device)) as (ranks, device):
         if not ranks.first:
             logging.getLogger().setLevel(logging.ERROR)  # the first speaks for all
-        with enough_gpu_memory(_needs_less(params)):
+        alone = locked(checkpoints_root) if ranks.first else nullcontext()
+        with alone, enough_gpu_memory(_needs_less(params)):
             _run(models, checkpoints_root, params, ranks, device)
 
 
 def _needs_less(params: Params) -> str:
-    """What to change where the GPU's memory is too small."""
-    ways = ["raise train.micro_batches"]
-    if not params.train.recompute:
-        ways.append("set train.recompute to true" + (" and train.compile to false" if params.train.compile else ""))
+    """What to change where the GPU's memory is too small: what keeps checkpoints of use comes first."""
+    train, keeping, anew = params.train, [], []
     if params.machine.cache == "device":
-        ways.append("set machine.cache, now device, to host or none")
-    return f"{', '.join(ways)}, or lower train.batch"
+        keeping.append("set machine.cache, now device, to host or none")
+    if not train.recompute and not train.compile:
+        keeping.append("set train.recompute to true")
+    if train.compile:
+        anew.append("set train.compile to false and train.recompute to true")
+    anew += ["raise train.micro_batches", "lower train.batch"]
+    return " or ".join([*keeping, f"{', '.join(anew[:-1])} or {anew[-1]}, with which training begins anew"])
 
 
 def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, device: torch.device) -> None:
     shards = Shards(params.train.data)
     classes = int(np.count_nonzero(shards.identities()["train"].to_numpy()))
     data = shards.hashes()
-    key = fingerprint(params.train.model_dump(exclude={"data"}), data, code=CODE)
     _warn_of_bounds(classes, params)
     _check_parts(params, ranks)
 
-    checkpoints = Checkpoints(checkpoints_root, key, params.machine.checkpoints_kept, ranks)
+    checkpoints = Checkpoints(checkpoints_root, made_by(params.train, data), params.machine.checkpoints_kept, ranks)
+    if ranks.first:
+        _tell_of_others(checkpoints.others(), made_by(params.train, data))
     training = begin(params.train, classes, device, ranks)
-    found = checkpoints.newest()
-    done = 0
-    if found:
-        done = found.iteration
-        training.restore(found)
+    done = _go_on(training, checkpoints)
+    before = training.run_id
     split, face = shards.split("train"), shards.index.face
-    loader = Loader(
-        split,
-        face,
-        params.train,
-        device,
-        cache=params.machine.cache,
-        rank=ranks.rank,
-        world=ranks.size,
-        processes=loader_processes(params.machine, params.train, device, ranks.size),
-    )
-    loader.load_state_dict({"iteration": done})
-    validation = (ByImage if shards.val_pairs() is None else ByIdentity)(shards, params.train)
-    log.info(
-        "training %s by %s on %d images of %d identities, on %s%s",
-        params.train.backbone.name,
-        params.train.head.summary,
-        len(split),
-        classes,
-        device.type,
-        f", {ranks.size} processes" if ranks.size > 1 else "",
-    )
+    rest = None
+    if done < params.train.schedule.iterations:
+        loader = Loader(
+            split,
+            face,
+            params.train,
+            device,
+            cache=params.machine.cache,
+            rank=ranks.rank,
+            world=ranks.size,
+            processes=loader_processes(params.machine, params.train, device, ranks.size),
+        )
+        loader.load_state_dict({"iteration": done})
+        validation = (ByImage if shards.val_pairs() is None else ByIdentity)(shards, params.train)
+        rest = partial(train, params.train, params.machine, loader, validation, training, done, device, checkpoints)
+        log.info(
+            "training %s by %s on %d images of %d identities, on %s%s",
+            params.train.backbone.name,
+            params.train.head.summary,
+            len(split),
+            classes,
+            device.type,
+            f", {ranks.size} processes" if ranks.size > 1 else "",
+        )
+    else:
+        log.warning("trained already; writing what came of it again (delete %s to train again)", checkpoints.folder)
     lineage = {"data.shards": fingerprint(data)}
-    tracking = training_run(params, lineage=lineage, resume_id=training.run_id) if ranks.first else nullcontext(NoRun())
+    tracking = training_run(params, lineage=lineage, resume_id=before) if ranks.first else nullcontext(NoRun())
     with tracking as tracked:
         training.run_id = tracked.id
 
-        def on_row(row: Row, speed: Speed) -> None:
-            values = asdict(row) | asdict(speed)
+        def on_row(row: Row, speed: Speed | None = None) -> None:
+            values = asdict(row) | (asdict(speed) if speed else {})
             step = values.pop("iteration")
             tracked.log_metrics({f"train/{name}": v for name, v in values.items() if v is not None}, step=step)
 
-        train(params.train, params.machine, loader, validation, training, done, device, checkpoints, on_row)
+        if tracked.id != before:  # a run that knows nothing of what is done
+            for row in training.history:
+                on_row(row)
+        if rest:
+            rest(on_row)
         centres = collected(training.head.weight, ranks)
         if centres is not None:
             training.head.weight = nn.Parameter(centres)
@@ -129,7 +158,8 @@ def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, dev
             tracked.log_figure(models / "faces.png", "faces.png")
             tracked.set_tag("model.sha256", model_digest(models))
             tracked.log_model(models)
-            checkpoints.clear()
+    if ranks.first:
+        checkpoints.delete_others()
     last = training.history[-1]
     log.info(
         "trained: loss %.3f, accuracy %.3f; validation: accuracy %s, AUC %s",
@@ -138,6 +168,43 @@ def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, dev
         last.val_accuracy,
         last.val_auc,
     )
+
+
+def made_by(params: Train, data: dict[str, str]) -> dict[str, Any]:
+    """All that decides the weights, by name."""
+    decisive = {name: value for name, value in flatten(params).items() if name not in _NEITHER}
+    return {"data": fingerprint(data), "code": fingerprint(code=CODE)} | {f"train.{k}": v for k, v in decisive.items()}
+
+
+def _go_on(training: Training, checkpoints: Checkpoints) -> int:
+    """From the newest checkpoint, if there is one; the iterations that are done."""
+    found = checkpoints.newest()
+    if not found:
+        return 0
+    training.restore(found)
+    return found.iteration
+
+
+def _tell_of_others(others: list[Other], made_by: dict[str, Any]) -> None:
+    """Which unfinished trainings will be lost, and why this is none of them."""
+    for other in others:
+        if not other.iteration or other.iteration == other.made_by.get("train.schedule.iterations"):
+            continue
+        log.warning(
+            "%s: a training that was stopped after iteration %d is not what is asked for now: %s. This one begins by "
+            "itself, and deletes that folder when it has ended; to go on with the other, stop it and undo the change",
+            other.folder,
+            other.iteration,
+            _differences(other.made_by, made_by),
+        )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    if not before:
+        return "it was begun by an earlier version of the code"
+    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    hashes = {"code": "the code has changed", "data": "the data has changed"}
+    return ", ".join(hashes.get(name) or f"{name} was {before.get(name)}, is {now.get(name)}" for name in names)
 
 
 def _write(models: Path, training: Training, params: Params, data: dict[str, str], images: int, classes: int) -> None:

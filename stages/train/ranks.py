@@ -115,9 +115,25 @@ def agreed(ranks: Ranks, *flags: int) -> list[int]:
     return greatest.tolist()
 
 
-def barrier(ranks: Ranks) -> None:
-    """Wait until every rank is here."""
-    agreed(ranks, 0)
+@contextmanager
+def failing_together(ranks: Ranks) -> Iterator[None]:
+    """For what each rank does by itself: where one fails, all do, and none waits for it. Each waits for the others.
+
+    Raises:
+        InputError, OSError: what this rank's block raised.
+        InputError: with the message of such an error of another rank.
+    """
+    failure: InputError | OSError | None = None
+    try:
+        yield
+    except (InputError, OSError) as error:
+        failure = error
+    if ranks.size > 1:
+        said: list[str | None] = [None] * ranks.size
+        dist.all_gather_object(said, str(failure) if failure else None)
+        failure = failure or next((InputError(message) for message in said if message), None)
+    if failure:
+        raise failure
 
 
 def made_alike(module: nn.Module, ranks: Ranks) -> None:

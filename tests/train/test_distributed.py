@@ -1,6 +1,7 @@
 """Training by several processes, on the CPU by gloo: the same loss, gradients and checkpoints as by one."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from torch.nn.functional import one_hot
 
 from pipeline.params import Params
 from stages import train
-from stages.train import backbones, heads, loop
+from stages.train import backbones, checkpoint, heads, loop
 from stages.train.ranks import Ranks
 from tests.conftest import ROOT
 from tests.samples import shard_section, write_shards
@@ -255,11 +256,128 @@ def test_two_processes_train_as_one_and_lose_nothing(
     shutil.copytree(tmp_path / "killed-state", tmp_path / "one-state")
     finish(start(2, "killed"))
     assert files(tmp_path / "killed") == files(tmp_path / "two")
+    train.run(tmp_path / "again", tmp_path / "killed-state", tiny)  # what has ended, one process can write again
+    assert files(tmp_path / "again") == files(tmp_path / "two")
 
     # A checkpoint of two serves one
     train.run(tmp_path / "one", tmp_path / "one-state", tiny)
     assert losses(tmp_path / "one")[:3] == losses(tmp_path / "two")[:3]
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
+SHARED_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from pipeline.errors import InputError
+from stages.train.checkpoint import Checkpoints
+from stages.train.ranks import together
+from tests.pipeline.test_tables import little_space
+
+here = Path(sys.argv[1])
+with together(torch.device("cpu")) as (ranks, _):
+    def told(root, act, kept=2):
+        checkpoints = Checkpoints(here / root, {"seed": 1}, kept, ranks)
+        try:
+            found = act(checkpoints)
+        except (InputError, OSError) as error:
+            found = str(error)
+        (here / "said" / f"{len(list((here / 'said').glob(f'*.{ranks.rank}')))}.{ranks.rank}").write_text(str(found))
+
+    def save(iteration, size=1):
+        return lambda checkpoints: checkpoints.save(iteration, {}, {"mine": torch.zeros(size)})
+
+    def newest(checkpoints):
+        found = checkpoints.newest()
+        return found and (found.iteration, len(found.own))
+
+    told("shared", save(1))
+    told("shared", newest)
+    told(f"own-{ranks.rank}", save(1))
+    told("shared" if ranks.first else "own-1", newest)
+    with little_space(100_000):
+        told("shared", save(2, 100_000 if ranks.rank else 1))
+    told("shared", newest)
+    if ranks.first:
+        for path in (here / "shared").rglob("*.pt"):
+            path.write_bytes(b"damaged")
+    told("shared", newest)
+"""
+
+
+def test_ranks_agree_on_a_checkpoint_and_fail_together(tmp_path: Path) -> None:
+    """What one of two cannot do, the other is told, and waits for nobody."""
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED_SCRIPT)
+    (tmp_path / "said").mkdir()
+    finish(torchrun(2, script, tmp_path))
+    said = [[(tmp_path / "said" / f"{i}.{rank}").read_text() for rank in (0, 1)] for i in range(7)]
+    assert said[0] == ["None", "None"]
+    assert said[1] == ["(1, 2)", "(1, 2)"]
+    share = "all processes of a training, on whatever machine, must see the same folder of checkpoints"
+    for i, root, file in ((2, "own-0", "0001.rank-01-of-02.pt"), (3, "own-1", "0001.pt")):
+        assert said[i][0] == said[i][1]
+        assert said[i][0].startswith(str(tmp_path / root))
+        assert f"{file}: not here, where " in said[i][0]
+        assert share in said[i][0]
+    assert said[4][0] == said[4][1]
+    assert re.search(r"File too large: '.*shared/.*00002\.rank-01-of-02\.pt'$", said[4][0])
+    assert said[5] == ["(1, 2)", "(1, 2)"]
+    assert said[6][0] == said[6][1]
+    assert "none of its checkpoints can be used" in said[6][0]
+
+
+SAMPLED_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from pipeline.params import Params
+from stages.train import loop
+from stages.train.checkpoint import Checkpoints
+from stages.train.ranks import collected, together
+from tests.train.test_distributed import CLASSES, sampled_batch
+
+here = Path(sys.argv[1])
+params = Params.model_validate_json((here / "params.json").read_text()).train
+cpu = torch.device("cpu")
+with together(cpu) as (ranks, _):
+    training = loop.begin(params, CLASSES, cpu, ranks)
+    training.restore(Checkpoints(here, {}, 2, ranks).newest())
+    images, labels = (part.chunk(2)[ranks.rank] for part in sampled_batch())
+    kept = [collected(training.head.weight, ranks), collected(training.momentum["momentum_buffer"], ranks)]
+    loop.step(training, params, 30, images, labels)
+    kept += [collected(training.head.weight, ranks), collected(training.momentum["momentum_buffer"], ranks)]
+    model = [value.double().sum() for value in training.model.state_dict().values()]
+    both = collected(torch.stack(model)[None], ranks)
+    if ranks.first:
+        torch.save([*kept, both], here / "found.pt")
+"""
+
+
+def sampled_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (8, 3, 112, 112), dtype=torch.uint8, generator=generator)
+    return images, torch.tensor([0, 0, 1, 10, 10, 1, 0, 1])
+
+
+def test_a_checkpoint_of_one_serves_two_which_sample_their_centres(tmp_path: Path, sampling: Params) -> None:
+    """11 classes: slices of 5 and 6, of which two centres each move, those of all labels among them."""
+    cpu = torch.device("cpu")
+    training = loop.begin(sampling.train, CLASSES, cpu)
+    loop.step(training, sampling.train, 25, *sampled_batch())
+    checkpoint.Checkpoints(tmp_path, {}, 2).save(26, training.common(), training.own())
+    (tmp_path / "params.json").write_text(sampling.model_dump_json())
+    script = tmp_path / "sampled.py"
+    script.write_text(SAMPLED_SCRIPT)
+    finish(torchrun(2, script, tmp_path))
+    weight, momentum, moved_weight, moved_momentum, both = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert torch.equal(weight, training.head.weight)
+    assert torch.equal(momentum, training.momentum["momentum_buffer"])
+    moved = (moved_weight != weight).any(dim=1)
+    assert moved[[0, 1, 10]].all()
+    assert moved[:5].sum() == moved[5:].sum() == 2
+    assert torch.equal((moved_momentum != momentum).any(dim=1), moved)
+    assert torch.equal(both[0], both[1])
 
 
 @given(st.integers(2, 40), st.integers(1, 5), st.integers(1, 5))
