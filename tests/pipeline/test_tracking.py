@@ -218,7 +218,9 @@ def test_evaluation_and_promotion_find_the_training_s_run(project: Path, tracked
         training.log_model(models)
     with training_run(tracked, lineage={}, resume_id=training.id) as again:  # one that had ended
         again.log_model(models)
-    assert len(recorded(project, tracked)[0].outputs.model_outputs) == 1
+    outputs = recorded(project, tracked)[0].outputs
+    assert outputs is not None
+    assert len(outputs.model_outputs) == 1
     with training_run_of(models, tracked) as evaluation:
         evaluation.log_metrics({"lfw/accuracy": 0.9})
         evaluation.log_artifact(models / "model.json", "lfw")

@@ -231,8 +231,10 @@ def test_a_training_that_has_ended_is_not_repeated(
     assert "is not what is asked for" not in caplog.text
 
 
-def test_one_training_at_a_time(tmp_path: Path, shards: Path, short: Params, seen: list[int]) -> None:
-    """It waits for another process that trains there: then that one's outcome is written again."""
+def test_one_training_at_a_time(
+    tmp_path: Path, shards: Path, short: Params, seen: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It waits for another process that trains there."""
     held, waiter = multiprocessing.get_context("spawn"), tmp_path / "go"
     process = held.Process(target=_hold, args=(tmp_path / "state", waiter))
     process.start()
@@ -241,8 +243,9 @@ def test_one_training_at_a_time(tmp_path: Path, shards: Path, short: Params, see
         time.sleep(0.01)
     training = threading.Thread(target=train.run, args=(tmp_path / "models", tmp_path / "state", short))
     training.start()
-    training.join(0.5)
-    assert training.is_alive()
+    while "another process is writing here; waiting" not in caplog.text:
+        assert training.is_alive()
+        time.sleep(0.01)
     assert not seen
     waiter.touch()
     training.join(60)
