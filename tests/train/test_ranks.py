@@ -41,7 +41,7 @@ with together(torch.device("cpu")) as (ranks, device):
     found = {}
     params = section()
     training = loop.begin(params, 20, device, ranks)
-    checkpoints = Checkpoints(Path(sys.argv[1]), "k" * 16, 2, ranks)
+    checkpoints = Checkpoints(Path(sys.argv[1]), {"seed": 1}, 2, ranks)
     for i in range(4):
         if i == 2:
             checkpoints.save(i, training.common(), training.own())
