@@ -150,6 +150,7 @@ def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, dev
                 on_row(row)
         if rest:
             rest(on_row)
+        training.settle()
         centres = collected(training.head.weight, ranks)
         if centres is not None:
             training.head.weight = nn.Parameter(centres)
@@ -161,13 +162,9 @@ def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, dev
     if ranks.first:
         checkpoints.delete_others()
     last = training.history[-1]
-    log.info(
-        "trained: loss %.3f, accuracy %.3f; validation: accuracy %s, AUC %s",
-        last.loss,
-        last.accuracy,
-        last.val_accuracy,
-        last.val_auc,
-    )
+    measured = {"validation accuracy": last.val_accuracy, "validation AUC": last.val_auc}
+    told = "".join(f", {what} {value:.3f}" for what, value in measured.items() if value is not None)
+    log.info("trained: loss %.3f, accuracy %.3f%s", last.loss, last.accuracy, told)
 
 
 def made_by(params: Train, data: dict[str, str]) -> dict[str, Any]:

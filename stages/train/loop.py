@@ -260,7 +260,7 @@ def train(
     checkpoints: Checkpoints,
     on_row: Callable[[Row, Speed], None],
 ) -> None:
-    """Train from iteration `done` to the end of the schedule; then the centres are their mean, where that is asked for.
+    """Train from iteration `done` to the end of the schedule.
 
     Args:
         params: section train of params.yaml.
@@ -321,7 +321,6 @@ def train(
                         total,
                     )
                 raise Interrupted(128 + end)
-    training.settle()
 
 
 @contextmanager

@@ -799,7 +799,7 @@ def test_speed_is_what_a_clock_says(
         training,
         0,
         cpu,
-        Saved(tmp_path, "k", 1),
+        Saved(tmp_path, {}, 1),
         lambda row, speed: speeds.append(speed),
     )
     assert clock.now == 14 * 4 + 4 * 1100  # rows at 3, 4, 6, 8, 9, 12 and 14, of which 4, 8, 12 and 14 are checkpoints
