@@ -132,7 +132,8 @@ def text(name: str, found: Comparison) -> str:
         if difference is None:
             lines.append(f"  {figure:<18} none: {found.difference.unresolved[figure]}")
             continue
-        interval = f"95% interval {_points(bounds[0])} to {_points(bounds[1])}" if bounds else "no replicate differs"
+        why = found.difference.unresolved.get(figure)
+        interval = f"95% interval {_points(bounds[0])} to {_points(bounds[1])}" if bounds else f"({why})"
         lines.append(
             f"  {figure:<18} A {found.a[figure]:7.2%}   B {found.b[figure]:7.2%}   B - A {_points(difference)}   "
             f"{interval}"

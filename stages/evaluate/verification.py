@@ -118,7 +118,7 @@ class Verification:
             f"tar_at_far_{far}": f"{different:,} different pairs: the least FAR above 0 that they can show is "
             f"{1 / different:.2g}"
             for far in self.fars
-            if _allowed(far, different) < 1
+            if most_accepted(far, different) < 1
         }
 
     def measure(self, weight: ArrayLike | None = None) -> Metrics:
@@ -214,7 +214,7 @@ def threshold_at(far: float, score: Floats, same: Flags) -> float | None:
         The middle between two pairs' scores; None where the different pairs are too few to resolve `far`.
     """
     different = np.sort(score[~same])[::-1]
-    allowed = _allowed(far, len(different))
+    allowed = most_accepted(far, len(different))
     if allowed < 1:
         return None
     distinct = np.unique(score)
@@ -276,11 +276,11 @@ def _equal_error_rate(false: Counts, true: Counts) -> float:
 
 def _tar_at(far: float, false: Counts, true: Counts) -> float:
     """The highest TAR at a threshold that accepts no more than `far` of the different pairs."""
-    allowed = _allowed(far, int(false[-1]))
+    allowed = most_accepted(far, int(false[-1]))
     return float(true[np.searchsorted(false, allowed, side="right") - 1] / true[-1])
 
 
-def _allowed(far: float, different: int) -> int:
+def most_accepted(far: float, different: int) -> int:
     """How many of the different pairs may be accepted at a FAR."""
     # the decimal as written, not its binary neighbour: 0.29 of 100 pairs is 29, though 0.29 * 100 < 29
     return int(Fraction(str(far)) * different)

@@ -167,6 +167,22 @@ def test_what_no_replicate_changes_is_not_bounded() -> None:
     assert "same in all 20 replicates" in found.unresolved["accuracy"]
 
 
+def test_a_tar_whose_threshold_few_pairs_set_is_not_bounded() -> None:
+    pairs = apart(1000)  # 500 different
+    run = Verification(scores(pairs, 3, 0.0, 0.3), *pairs[2:], [0.01, 0.009, 0.001])
+    for found in (
+        intervals(run, known(pairs), replicates=20),
+        compare(run, Verification(scores(pairs, 4, 0.0, 0.3), *pairs[2:], run.fars), None, replicates=20).difference,
+    ):
+        assert width(found, "tar_at_far_0.01") > 0
+        assert found.bounds["tar_at_far_0.009"] is None
+        assert found.unresolved["tar_at_far_0.009"] == (
+            "500 different pairs: an interval needs 5 that the FAR accepts, which is 0.01 at least"
+        )
+        assert "the least FAR above 0" in found.unresolved["tar_at_far_0.001"]
+    assert run.measure().tar_at_far["0.009"] is not None
+
+
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (0, 1), (3, 3), (2, 9), (40, 11), (600, 700)])
 def test_mcnemar_as_scipy(only_a: int, only_b: int) -> None:
     expected = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
