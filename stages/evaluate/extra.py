@@ -8,6 +8,7 @@ lies; they are aligned as those of the other sets are.
 import hashlib
 import logging
 import pickle
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path, PurePath
@@ -34,6 +35,8 @@ from stages.train.faces import FaceError, middle
 
 log = logging.getLogger(__name__)
 
+SUFFIXES = (".bin", ".csv")
+"""Of sets, in any case."""
 FOLDS = 10
 """Of a .bin: equal parts, in order."""
 NAME = "extra/{}"
@@ -69,6 +72,10 @@ def run(folder: Path, model: Embedder, trained: Trained | None, out: Path, param
             `evaluate.leaks` refuses that; the message names the file.
     """
     files = find_sets(folder)
+    others = [path for path in folder.glob("*") if path.is_file() and path not in files and path.name != "README.md"]
+    if others:
+        kinds = Counter(path.suffix or path.name for path in others)
+        log.info("%s: passed over %s", folder, ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common()))
     out.mkdir(parents=True, exist_ok=True)
     _clear(out)
     for path in files:
@@ -84,7 +91,7 @@ def run(folder: Path, model: Embedder, trained: Trained | None, out: Path, param
 
 def _evaluate(path: Path, model: Embedder, trained: Trained | None, out: Path, params: Params, tracker: NoRun) -> None:
     undetected, leaked = None, None
-    if path.suffix == ".bin":
+    if path.suffix.lower() == ".bin":
         scored = _bin(path, model, params)
     else:
         pairs = read_csv(path)
@@ -98,7 +105,10 @@ def _leaked(path: Path, pairs: list[Pair], trained: Trained | None, params: Para
     """How many of the people are trained on; None where that or the people are not known."""
     left, right, same = zip(*((pair.left, pair.right, pair.same) for pair in pairs), strict=True)
     people = uncertainty.people(left, right, np.array(same))
-    if trained is None or people is None:
+    if trained is None:
+        return None
+    if people is None:
+        log.warning("%s: people who are trained on are not looked for, as folders do not tell who is on what", path)
         return None
     names = [PurePath(name).name for name in people.names]
     return check_leaks(str(path), names, trained.labels, trained.names, params.evaluate.leaks)
@@ -112,7 +122,7 @@ def find_sets(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise EvaluationError(f"{folder}: no such folder, though evaluate.extra in params.yaml names it")
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".bin", ".csv"))
+    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
     names = [path.stem for path in files]
     if len(set(names)) < len(names):
         raise EvaluationError(f"{folder}: two sets of one name among {', '.join(path.name for path in files)}")

@@ -14,7 +14,7 @@ from pipeline.params import Evaluate
 from stages.download.protocols import Pair, read_pairs
 from stages.evaluate import scoring, uncertainty
 from stages.evaluate.features import Block
-from stages.evaluate.verification import EvaluationError
+from stages.evaluate.verification import EvaluationError, Flags
 
 Protocol = Literal["lfw", "ytf", "csv"]
 _NAMED = 10
@@ -85,15 +85,19 @@ def score(
         params: section evaluate of params.yaml, for false accept rates and the bootstrap.
 
     Raises:
-        EvaluationError: the embeddings are unusable, or lack some that the pairs name.
+        EvaluationError: the embeddings are unusable, or lack some that the pairs name; or a pair is there again, with
+            another truth or in another fold.
         SourceError: the pair list is malformed.
         OSError: a file is absent.
     """
     listed: list[Pair] = []
+    places: list[str] = []
     for path in pairs:
         folds = 1 + max((pair.fold for pair in listed), default=-1)
         some = read_csv(path) if protocol == "csv" else read_pairs(protocol, path, str(path))
         listed += [pair._replace(fold=pair.fold + folds) for pair in some]
+        places += [f"{path}:{pair.line}" for pair in some]
+    _check_repeated(listed, places)
     given = Embeddings(embeddings)
     options = scoring.Options(flip or ("none" if given.flip is None else "concatenate"), centre)
     scored = score_pairs(given, listed, options)
@@ -151,7 +155,8 @@ def read_csv(path: Path) -> list[Pair]:
     Without folds, ten are made in the list's order, each with a tenth of either kind.
 
     Raises:
-        EvaluationError: a column is absent or a value is not of its form; names file and line.
+        EvaluationError: a column is absent or a value is not of its form; a pair is there again, with another truth or
+            in another fold; or a row contradicts the folders, where those are people. Names file and line.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it by a byte order mark
@@ -174,12 +179,55 @@ def read_csv(path: Path) -> list[Pair]:
         found.append(Pair(line, int(fold), row["left"], row["right"], row["same"] == "1"))
     if not found:
         raise EvaluationError(f"{path}: holds no pairs")
-    if "fold" in (reader.fieldnames or ()):
-        return found
     same = np.array([pair.same for pair in found], np.bool_)
-    rank = np.where(same, np.cumsum(same), np.cumsum(~same)) - 1
-    fold_of = rank * _FOLDS // np.maximum(np.where(same, same.sum(), (~same).sum()), 1)
-    return [pair._replace(fold=int(number)) for pair, number in zip(found, fold_of, strict=True)]
+    _check_folders(path, found, same)
+    if "fold" not in (reader.fieldnames or ()):
+        rank = np.where(same, np.cumsum(same), np.cumsum(~same)) - 1
+        fold_of = rank * _FOLDS // np.maximum(np.where(same, same.sum(), (~same).sum()), 1)
+        found = [pair._replace(fold=int(number)) for pair, number in zip(found, fold_of, strict=True)]
+    _check_repeated(found, [f"{path}:{pair.line}" for pair in found])
+    return found
+
+
+def _check_folders(path: Path, pairs: Sequence[Pair], same: Flags) -> None:
+    """That folders and truths agree in all rows, where they do in most of either kind: there a folder is a person.
+
+    Raises:
+        EvaluationError: a row has two images of one folder as two people, or the other way round.
+    """
+    folders = [[side.rpartition("/")[0] for side in (pair.left, pair.right)] for pair in pairs]
+    if not all(folder for both in folders for folder in both):
+        return
+    wrong = np.array([one == other for one, other in folders]) != same
+    if wrong.any() and all(2 * np.count_nonzero(wrong & kind) < np.count_nonzero(kind) for kind in (same, ~same)):
+        pair, number = pairs[int(np.argmax(wrong))], int(np.count_nonzero(wrong))
+        where = "two folders" if pair.same else "one folder"
+        raise EvaluationError(
+            f"{path}:{pair.line}: {pair.left} and {pair.right} lie in {where}, yet same is {int(pair.same)}; in most "
+            f"rows a folder is a person, but not in {number:,} of {len(pairs):,}: correct same, or the folders"
+        )
+
+
+def _check_repeated(pairs: Sequence[Pair], places: Sequence[str]) -> None:
+    """That no pair, either way round, has two truths, or is in a fold whose threshold is chosen on it, too.
+
+    Args:
+        places: of the pairs, as messages name them.
+
+    Raises:
+        EvaluationError: one has, or is.
+    """
+    first: dict[tuple[str, str], int] = {}
+    for index, pair in enumerate(pairs):
+        one, other = sorted((pair.left, pair.right))
+        before = first.setdefault((one, other), index)
+        if pairs[before].same == pair.same and pairs[before].fold == pair.fold:
+            continue
+        differs = "in another fold" if pairs[before].same == pair.same else f"as same = {int(pairs[before].same)}"
+        raise EvaluationError(
+            f"{places[index]}: {pair.left} and {pair.right} are a pair in {places[before]} already, {differs}; "
+            "keep one of them"
+        )
 
 
 def _arrays(path: Path) -> dict[str, NDArray]:

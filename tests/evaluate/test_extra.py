@@ -180,6 +180,19 @@ def test_people_who_are_trained_on_are_looked_for_where_folders_tell_them(tmp_pa
         assert (metrics["leaked_identities"], metrics["bootstrap_over"]) == (leaked, "identities")
 
 
+def test_it_is_told_where_nobody_is_looked_for(tmp_path: Path, here: Params, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(4):
+        for side in (0, 1):
+            (tmp_path / f"{i}{side}.jpg").write_bytes(jpeg(face_like(i, side)))
+    rows = "".join(f"{i}0.jpg,{i}1.jpg,1\n{i}0.jpg,{(i + 1) % 4}1.jpg,0\n" for i in range(4))
+    (tmp_path / "MINE.CSV").write_text("left,right,same\n" + rows)
+    with caplog.at_level("INFO"):
+        run(tmp_path, MODEL, Trained(tmp_path / "absent", tmp_path / "absent"), tmp_path / "out", here, NoRun())
+    assert f"{tmp_path}: passed over 8 .jpg" in caplog.messages
+    assert any("MINE.CSV: people who are trained on are not looked for" in line for line in caplog.messages)
+    assert json.loads((tmp_path / "out" / "MINE" / "metrics.json").read_text())["leaked_identities"] is None
+
+
 def test_a_set_that_cannot_be_measured_is_named(tmp_path: Path, here: Params) -> None:
     write_bin(tmp_path / "a.bin", 40, 4)
     images, _ = read_bin(tmp_path / "a.bin")

@@ -220,6 +220,61 @@ def test_pairs_of_ones_own(tmp_path: Path) -> None:
             foreign.read_csv(path)
 
 
+FOLDERS = "left,right,same\n" + "".join(f"{n}/a.jpg,{n}/b.jpg,1\n{n}/a.jpg,{(n + 1) % 4}/b.jpg,0\n" for n in range(4))
+"""A folder a person."""
+
+
+@pytest.mark.parametrize(
+    ("row", "wrong", "told"),
+    [
+        ("0/a.jpg,0/b.jpg,1", "0/a.jpg,0/b.jpg,0", r"csv:2: 0/a\.jpg and 0/b\.jpg lie in one folder, yet same is 0"),
+        ("3/a.jpg,0/b.jpg,0", "3/a.jpg,0/b.jpg,1", r"csv:9: 3/a\.jpg and 0/b\.jpg lie in two folders, yet same is 1"),
+    ],
+)
+def test_a_row_that_contradicts_the_folders_of_the_others_is_named(
+    tmp_path: Path, row: str, wrong: str, told: str
+) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text(FOLDERS)
+    assert len(foreign.read_csv(path)) == 8
+    path.write_text(FOLDERS.replace(row, wrong))
+    with pytest.raises(EvaluationError, match=told + r"; .* not in 1 of 8: correct same, or the folders"):
+        foreign.read_csv(path)
+
+
+def test_folders_that_are_no_people_contradict_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    for left, right in (("photos", "photos"), ("before", "after")):
+        path.write_text(
+            "left,right,same\n" + "".join(f"{left}/{n}.jpg,{right}/{n + 9}.jpg,{n % 2}\n" for n in range(8))
+        )
+        assert len(foreign.read_csv(path)) == 8
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ("a,b,1,0\nb,a,0,0\n", r"csv:3: b and a are a pair in \S*csv:2 already, as same = 1; keep one of them"),
+        ("a,b,1,0\nc,d,0,0\nb,a,1,1\n", r"csv:4: b and a are a pair in \S*csv:2 already, in another fold"),
+    ],
+)
+def test_a_pair_has_one_truth_and_one_fold(tmp_path: Path, rows: str, told: str) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("left,right,same,fold\n" + rows)
+    with pytest.raises(EvaluationError, match=told):
+        foreign.read_csv(path)
+    path.write_text("left,right,same,fold\na,b,1,0\nb,a,1,0\n")
+    assert len(foreign.read_csv(path)) == 2
+
+
+def test_a_list_that_is_given_twice_is_refused(tmp_path: Path, lfw: Any, params: Params) -> None:
+    pairs, emb, _ = lfw
+    path, again = save(tmp_path / "e.npz", emb), tmp_path / "again.txt"
+    again.write_bytes(pairs.read_bytes())
+    with pytest.raises(EvaluationError, match=rf"again\.txt:2: .* are a pair in {pairs}:2 already, in another fold"):
+        foreign.score("lfw", path, [pairs, again], None, False, params.evaluate)
+
+
 def command(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: object) -> None:
     (folder / "params.yaml").write_bytes((RECIPES / "quickstart.yaml").read_bytes())
     monkeypatch.chdir(folder)
