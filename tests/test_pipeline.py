@@ -196,6 +196,22 @@ def test_only_what_changed_is_run_again(project: Path) -> None:
     assert len(list(project.glob("checkpoints/*"))) == 1
 
 
+def test_a_stage_that_refuses_leaves_what_was_there(project: Path) -> None:
+    made = {path: path.read_bytes() for name in ("data/shards", "models") for path in (project / name).iterdir()}
+    assert {path.name for path in made} >= {"index.json", "labels.parquet", "backbone.safetensors", "model.json"}
+    for file, old, new, stage in (
+        ("data/exclude.csv", "image_id,", "image_id;", "shard"),
+        ("params.yaml", "  batch: 16 ", "  batch: 5000 ", "train"),
+    ):
+        content = (project / file).read_text()
+        assert old in content
+        (project / file).write_text(content.replace(old, new, 1))
+        output = call(project, "dvc", "repro", "--single-item", stage, expect=255)
+        assert f"Running stage '{stage}'" in output
+        assert {path: path.read_bytes() for path in made if path.exists()} == made
+        (project / file).write_text(content)
+
+
 def test_bad_parameters_stop_the_graph_with_one_message(tmp_path: Path) -> None:
     project = clone(tmp_path / "bad")
     change(project, {"train.head": {"margin": -1}})

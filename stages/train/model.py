@@ -95,7 +95,11 @@ def build_model(params: Backbone) -> FaceModel:
 
 
 def save_model(folder: Path, model: FaceModel, head: nn.Module, description: dict[str, Any]) -> None:
-    """Write backbone.safetensors, head.safetensors and model.json, each atomically; the description comes last."""
+    """Write backbone.safetensors, head.safetensors and model.json, each atomically.
+
+    The description comes last, and an earlier one goes first: files of two models never pass for one.
+    """
+    (folder / "model.json").unlink(missing_ok=True)
     for name, module in (("backbone", model.backbone), ("head", head)):
         tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
         with atomic(folder / f"{name}.safetensors") as path:

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,21 @@ def test_saved_and_loaded_models_agree_to_the_bit(tmp_path: Path) -> None:
     images = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
     with torch.inference_mode():
         assert torch.equal(load_model(tmp_path, CPU)(images), model.eval()(images))
+
+
+class Unwritable(CosFace):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise OSError("no space left")
+
+
+def test_files_of_two_models_never_pass_for_one(tmp_path: Path) -> None:
+    backbone = Backbone(name="small", width=112, embedding=16)
+    description = {"backbone": backbone.model_dump()}
+    save_model(tmp_path, build_model(backbone), CosFace(3, 16, 64.0, 0.35), description)
+    with pytest.raises(OSError, match="no space left"):
+        save_model(tmp_path, build_model(backbone), Unwritable(3, 16, 64.0, 0.35), description)
+    with pytest.raises(ModelError, match=r"model\.json: no such file"):
+        load_model(tmp_path, CPU)
 
 
 def test_what_is_wrong_with_a_model_is_said(tmp_path: Path) -> None:
