@@ -9,14 +9,17 @@ import hashlib
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import filelock
 import httpx
@@ -45,14 +48,25 @@ os.environ.update(not_by_proxy())
 from prefect import Task, flow  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
+from prefect.client.schemas.filters import (  # noqa: E402
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, StateType  # noqa: E402
+from prefect.client.schemas.sorting import FlowRunSort  # noqa: E402
 from prefect.events.worker import EventsWorker  # noqa: E402
 from prefect.exceptions import PrefectException  # noqa: E402
 from prefect.logging import get_run_logger  # noqa: E402
 from prefect.logging.handlers import APILogWorker  # noqa: E402
+from prefect.runner import Runner  # noqa: E402
+from prefect.runtime import flow_run  # noqa: E402
 from prefect.schedules import Cron  # noqa: E402
 from prefect.server.schemas.schedules import CronSchedule  # noqa: E402
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings  # noqa: E402
-from prefect.states import Completed, Failed, State  # noqa: E402
+from prefect.states import Completed, Crashed, Failed, State  # noqa: E402
 from prefect.types.entrypoint import EntrypointType  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -68,6 +82,8 @@ RETRY_DELAYS = [10.0, 60.0, 300.0]
 """Seconds before each new attempt at a download."""
 LOCK = ".schedule.lock"
 """The file in a project that its schedule holds."""
+RETRAIN_LOCK = ".retrain.lock"
+"""The file in a project that a retrain holds."""
 LOCAL_API = f"http://{HOST}:4200/api"
 """Where `cosface ui` and `prefect server start` put a server, unless told otherwise."""
 
@@ -76,9 +92,44 @@ class FlowError(InputError):
     """The flow cannot run or be scheduled; the message says why."""
 
 
-@flow(name="retrain", persist_result=False, validate_parameters=False)
+def _run_name() -> str:
+    return f"{Path.cwd().name} {datetime.now():%Y-%m-%d %H:%M:%S}"
+
+
+@flow(name="retrain", flow_run_name=_run_name, persist_result=False, validate_parameters=False)
 def retrain() -> State[Any]:
     """Bring the models and reports of this folder up to date: every stage of dvc.yaml that something changed for."""
+    with _alone(Path.cwd()):
+        return _retrain()
+
+
+@contextmanager
+def _alone(project: Path) -> Iterator[None]:
+    """Label this flow run as the project's, and tell of earlier ones that are said to run, but were killed.
+
+    Where another retrain of the project runs, nothing is told: DVC decides which of the two goes on.
+    """
+    lock = filelock.FileLock(project / RETRAIN_LOCK)
+    with suppress(filelock.Timeout):
+        lock.acquire(timeout=0)
+    try:
+        own, label = UUID(flow_run.get_id()), deployment(project)
+        with get_client(sync_client=True) as client:
+            if lock.is_locked:
+                running = FlowRunFilter(
+                    tags=FlowRunFilterTags(all_=[label]),
+                    state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])),
+                )
+                for run in client.read_flow_runs(flow_run_filter=running):
+                    if run.id != own:
+                        client.set_flow_run_state(run.id, Crashed(message="it was killed"), force=True)
+            client.update_flow_run(own, tags={*client.read_flow_run(own).tags, label})
+        yield
+    finally:
+        lock.release()
+
+
+def _retrain() -> State[Any]:
     params = load_params()
     states: dict[str, State[Any]] = {}
     for stage, upstream in stages(Path.cwd()).items():
@@ -285,12 +336,43 @@ def _pause(api: str) -> None:
         client.pause_deployment(client.read_deployment_by_name(f"retrain/{deployment(Path.cwd())}").id)
 
 
+def _forget_missed(name: str) -> None:
+    """Delete runs that a deployment's schedule has called for while nobody served it."""
+    with get_client(sync_client=True) as client:
+        scheduled = FlowRunFilter(
+            deployment_id=FlowRunFilterDeploymentId(any_=[client.read_deployment_by_name(f"retrain/{name}").id]),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+        )
+        now = datetime.now(UTC)
+
+        def due() -> list[FlowRun]:
+            first = client.read_flow_runs(flow_run_filter=scheduled, sort=FlowRunSort.EXPECTED_START_TIME_ASC)
+            return [
+                run for run in first if run.auto_scheduled and run.expected_start_time and run.expected_start_time < now
+            ]
+
+        while found := due():
+            for run in found:
+                client.delete_flow_run(run.id)
+
+
+class _Runner(Runner):
+    """Prefect's, which ends in the same way on SIGTERM as on Ctrl-C; its own way leaves half of that undone."""
+
+    def handle_sigterm(self, *_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
 def serve_here(cron: str, timezone: str) -> None:
     """Serve the schedule in this process, for the configured server."""
-    retrain.serve(
-        name=deployment(Path.cwd()),
+    runner = _Runner(name=deployment(Path.cwd()), limit=1)  # two at once would wait for each other's DVC locks
+    runner.add_flow(
+        retrain,
+        name=runner.name,
         schedule=Cron(cron, timezone=timezone),
-        limit=1,  # two at once would wait for each other's DVC locks
-        print_starting_message=False,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
+    _forget_missed(runner.name)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what begins in the background ignores it
+    with suppress(KeyboardInterrupt):
+        asyncio.run(runner.start())

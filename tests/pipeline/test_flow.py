@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from uuid import UUID
 
 import httpx
 import psutil
@@ -16,6 +18,8 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterTags,
     LogFilter,
     LogFilterFlowRunId,
     TaskRunFilter,
@@ -25,6 +29,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Running
 
 from pipeline import flow, servers
 from pipeline.cli import RECIPES
@@ -201,6 +206,33 @@ def test_nothing_outlives_a_flow_that_is_ended(project: Path, api: str) -> None:
     assert_gone(group)
 
 
+def test_a_run_that_was_killed_does_not_run_for_ever(project: Path, api: str, client: SyncPrefectClient) -> None:
+    """And one of another project, or of this one while it runs, is left alone."""
+    replace_training(ENDLESS)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "retrain"],
+        env={**os.environ, "PREFECT_API_URL": api, "http_proxy": NOBODY},
+    )
+    wait_for_text(project / "child.pid")
+    of_project = FlowRunFilter(tags=FlowRunFilterTags(all_=[flow.deployment(project)]))
+    other = client.create_flow_run(flow.retrain, tags=["faces-of-others"], state=Running())
+
+    def states() -> list[str | None]:
+        return [run.state_name for run in client.read_flow_runs(flow_run_filter=of_project)]
+
+    (run,) = client.read_flow_runs(flow_run_filter=of_project)
+    assert run.name.startswith(f"{project.name} ")
+    Path("dvc.yaml").write_text(GRAPH.replace("cat model", "exit 3"))
+    with temporary_settings({PREFECT_API_URL: api}):
+        flow.retrain(return_state=True)
+        assert sorted(map(str, states())) == ["Failed", "Running"]
+        process.kill()
+        process.wait()
+        flow.retrain(return_state=True)
+    assert sorted(map(str, states())) == ["Crashed", "Failed", "Failed"]
+    assert client.read_flow_run(other.id).state_name == "Running"
+
+
 def test_a_training_may_take_all_the_time_to_end_that_it_is_granted() -> None:
     assert flow.STAGE_SECONDS > launch._PATIENCE
 
@@ -296,8 +328,10 @@ def test_a_schedule_calls_for_runs_which_are_run_until_it_ends(
         assert wait_for_text(project / "report", seconds=180) == sys.prefix
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=90)
+        said, _ = process.communicate(timeout=90)
     assert process.returncode == 0
+    assert "Traceback" not in said
+    assert "Warning" not in said
     assert client.read_deployment_by_name(name).paused
     with flow.only_schedule(project):  # free again
         pass
@@ -331,6 +365,33 @@ def test_a_schedule_outlives_its_server(project: Path, monkeypatch: pytest.Monke
         if process is not None:
             process.terminate()
             process.communicate(timeout=90)
+
+
+def test_runs_that_a_schedule_missed_are_not_made_up_for(project: Path, api: str, client: SyncPrefectClient) -> None:
+    name = flow.deployment(project)
+    made = flow.Runner(name=name).add_flow(
+        flow.retrain, name=name, interval=1, entrypoint_type=flow.EntrypointType.MODULE_PATH
+    )
+    assert isinstance(made, UUID)
+    try:
+        asked = client.create_flow_run_from_deployment(made)
+
+        def missed(when: datetime) -> list[FlowRun]:
+            runs = scheduled(client, f"retrain/{name}")
+            return [run for run in runs if run.id != asked.id and due(run) < when]
+
+        wait_for(lambda: missed(datetime.now(UTC)))
+        begun = datetime.now(UTC)
+        flow._forget_missed(name)
+        assert not missed(begun)
+        assert asked.id in {run.id for run in scheduled(client, f"retrain/{name}")}
+    finally:
+        client.delete_deployment(made)
+
+
+def due(run: FlowRun) -> datetime:
+    assert run.expected_start_time is not None
+    return run.expected_start_time
 
 
 def scheduled(client: SyncPrefectClient, name: str) -> list[FlowRun]:
