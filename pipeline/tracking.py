@@ -11,12 +11,13 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -268,9 +269,10 @@ def store_client() -> "MlflowClient":
     """A client of the store, which is made if it is a file that is absent.
 
     Raises:
-        TrackingError: it is a server, and does not answer.
+        TrackingError: it is a server, and does not answer; or a file that cannot be read.
     """
     uri = store_uri()
+    _check_file()
     if served():
         import requests  # as MLflow does, with the certificates that it takes
 
@@ -287,10 +289,49 @@ def store_client() -> "MlflowClient":
     return _client(uri)
 
 
+def _check_file(*, written: bool = False) -> None:
+    """Ask whether the store, where it is a file, may be read: MLflow would try for minutes, and print tracebacks.
+
+    Args:
+        written: ask whether it may be written, too.
+
+    Raises:
+        TrackingError: it may not, or is no database, or absent where none can be made.
+    """
+    path = _store_file()
+    if path is None:
+        return
+    try:
+        if path.exists():
+            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", ANSWER_SECONDS, uri=True)) as database:
+                database.execute("SELECT 1 FROM sqlite_master")
+        needed = [path.parent, path] if path.exists() else [path.parent]
+        refused = [each for each in needed if not os.access(each, os.W_OK)] if written or not path.exists() else []
+        if refused:
+            raise OSError(f"{refused[0]} {'may not be written' if refused[0].exists() else 'is not there'}")
+    except (sqlite3.Error, OSError) as error:
+        raise TrackingError(
+            f"{_named_store()}: {error}; make it a database that you may read and write, name another store by "
+            "MLFLOW_TRACKING_URI, or set tracking.enabled: false in params.yaml"
+        ) from error
+
+
+def _store_file() -> Path | None:
+    """The file that the store is; None where it is none."""
+    uri = store_uri()
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _named_store() -> str:
+    """The store as messages name it."""
+    by = " (MLFLOW_TRACKING_URI)" if os.environ.get("MLFLOW_TRACKING_URI") else ""
+    return f"MLflow store {shown(store_uri())}{by}"
+
+
 def store_exists() -> bool:
     """Whether there is a store to look into: a file that is there, or anything else than a file."""
-    uri = store_uri()
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+    path = _store_file()
+    return path is None or path.exists()
 
 
 def need_store(what: str) -> None:
@@ -300,7 +341,7 @@ def need_store(what: str) -> None:
         TrackingError: there is none.
     """
     if not store_exists():
-        raise TrackingError(f"{what}: there is no MLflow store {shown(store_uri())} (MLFLOW_TRACKING_URI)")
+        raise TrackingError(f"{what}: there is no {_named_store()}")
 
 
 def served() -> bool:
@@ -390,7 +431,7 @@ def store_errors() -> Iterator[None]:
         ours = type(error).__module__.partition(".")[0] in ("builtins", "pipeline", "stages")
         if ours and not isinstance(error, OSError | ImportError):
             raise
-        raise TrackingError(f"MLflow store {shown(store_uri())} (MLFLOW_TRACKING_URI): {_said(error)}") from error
+        raise TrackingError(f"{_named_store()}: {_said(error)}") from error
 
 
 def _said(error: Exception) -> str:
@@ -401,6 +442,7 @@ def _said(error: Exception) -> str:
 
 
 def _begin(client: "MlflowClient", experiment: str, params: Params, tags: dict[str, str]) -> Run:
+    _check_file(written=True)
     train = params.train
     name = f"{train.backbone.name}, {train.head.summary}"
     run = Run(client, client.create_run(experiment, tags=_origin() | tags, run_name=name))
@@ -432,6 +474,7 @@ def _continue(client: "MlflowClient", run_id: str) -> Run | None:
     """The interrupted run, running again; None where the store has it no longer."""
     from mlflow.exceptions import MlflowException
 
+    _check_file(written=True)
     try:
         client.update_run(run_id, status="RUNNING")
         return Run(client, client.get_run(run_id))

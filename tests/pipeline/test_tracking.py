@@ -366,6 +366,37 @@ def test_a_store_that_mlflow_refuses_is_named(project: Path, tracked: Params, mo
         pass
 
 
+def test_a_file_that_is_no_store_is_named_at_once(
+    tmp_path: Path, tracked: Params, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlflow.db").write_text("notes " * 100)
+    told = rf"^MLflow store sqlite:///{tmp_path}/mlflow\.db: file is not a database; make it a database that you may"
+    with pytest.raises(TrackingError, match=told), training_run(tracked, lineage={}):
+        pass
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/nowhere/mlflow.db")
+    with (
+        pytest.raises(TrackingError, match=r"nowhere/mlflow\.db \(MLFLOW_TRACKING_URI\): \S*/nowhere is not there; "),
+        training_run(tracked, lineage={}),
+    ):
+        pass
+    assert not caplog.records
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
+def test_a_store_that_may_only_be_read_is_read(project: Path, tracked: Params) -> None:
+    with training_run(tracked, lineage={}):
+        pass
+    (project / "mlflow.db").chmod(0o444)
+    try:
+        with pytest.raises(TrackingError, match=r"mlflow\.db may not be written; make it"):
+            interrupted_training(tracked, KeyboardInterrupt)
+        assert tracking.connect(tracked)
+    finally:
+        (project / "mlflow.db").chmod(0o644)
+
+
 def test_a_deleted_experiment_is_named(project: Path, tracked: Params) -> None:
     with training_run(tracked, lineage={}):
         pass
