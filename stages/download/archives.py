@@ -63,9 +63,14 @@ def _broken(source: Path, what: str, error: Exception) -> DamagedError:
     )
 
 
-def folder_members(folder: Path) -> Iterator[Member]:
-    """What lies in a folder at any depth, in sorted order; links are not followed."""
-    for name, entry in _walk(folder, ""):
+def folder_members(folder: Path, refused: Callable[[OSError], None] | None = None) -> Iterator[Member]:
+    """What lies in a folder at any depth, in sorted order; links are not followed.
+
+    Args:
+        folder: that can be read.
+        refused: told of each folder below that cannot, which is then passed over; without it, that is an error.
+    """
+    for name, entry in _walk(folder, "", refused):
         kind: Kind = "link" if entry.is_symlink() else "file" if entry.is_file() else "device"
         size = entry.stat().st_size if kind == "file" else 0
         yield Member(folder, name, size, kind, Path(entry.path).read_bytes)
@@ -74,18 +79,28 @@ def folder_members(folder: Path) -> Iterator[Member]:
 def folder_digest(folder: Path) -> str:
     """SHA-256 of the names, sizes and modification times in a folder: changes when its content does."""
     digest = hashlib.sha256()
-    for name, entry in _walk(folder, ""):
+    for name, entry in _walk(folder, "", None):
         about = entry.stat(follow_symlinks=False)
         digest.update(os.fsencode(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\0"))
     return digest.hexdigest()
 
 
-def _walk(folder: Path | str, prefix: str) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
+def _walk(
+    folder: Path | str, prefix: str, refused: Callable[[OSError], None] | None
+) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        for entry in found[:1]:
+            entry.stat(follow_symlinks=False)  # a folder may be listed, and yet all in it be refused
+    except OSError as error:
+        if refused is None or not prefix:
+            raise
+        refused(OSError(error.errno, error.strerror, os.fspath(folder)))
+        return
     for entry in found:
         if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path, f"{prefix}{entry.name}/")
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", refused)
         else:
             yield prefix + entry.name, entry
 

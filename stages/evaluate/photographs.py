@@ -139,6 +139,8 @@ def check_form(out: Path) -> None:
 def find_photographs(folder: Path) -> list[Photograph]:
     """The photographs of a folder at any depth, in order of their names; links are not followed.
 
+    A folder below that cannot be read is logged with the reason.
+
     Raises:
         PhotographsError: there is no such folder, none in it, or two of one name.
     """
@@ -146,7 +148,7 @@ def find_photographs(folder: Path) -> list[Photograph]:
         raise PhotographsError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     found: dict[str, Photograph] = {}
     skipped: Counter[str] = Counter()
-    for member in folder_members(folder):
+    for member in folder_members(folder, lambda error: log.warning("%s: %s", error.filename, error.strerror)):
         reason = why_no_photograph(member.name) if member.kind == "file" else "links and devices"
         if reason is not None:
             skipped[reason] += 1

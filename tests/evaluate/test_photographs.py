@@ -1,5 +1,6 @@
 """A folder of photographs to a file of embeddings, against the same done step by step."""
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pipeline.params import Params
 from stages.align import align_images
 from stages.evaluate import photographs
 from stages.evaluate.models import Embedder, load_embedder
-from stages.evaluate.photographs import PhotographsError, embed_folder
+from stages.evaluate.photographs import PhotographsError, embed_folder, find_photographs
 from stages.train.faces import decode_face
 from tests.align.scenes import scenes
 from tests.evaluate.conftest import Workspace
@@ -47,6 +48,23 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.jpg").write_bytes(b"nothing")
     (folder / "notes.txt").write_text("none")
     return folder
+
+
+def test_a_folder_that_cannot_be_read_is_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its path is longer than the system takes, which stops root, too."""
+    for name in ("a", "z"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").touch()
+    within = os.open(tmp_path / "a", os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=within)
+        within, above = os.open("d" * 250, os.O_RDONLY, dir_fd=within), within
+        os.close(above)
+    os.close(within)
+    assert [each.image_id for each in find_photographs(tmp_path)] == ["a/1", "z/1"]
+    (told,) = caplog.messages
+    assert told.startswith(f"{tmp_path}/a/ddd")
+    assert told.endswith("d: File name too long")
 
 
 def expected(file: Path, model: Embedder, here: Params) -> NDArray[np.float32]:
