@@ -165,6 +165,15 @@ def recipe(name: Annotated[str | None, typer.Argument(help="Which; without it th
     with atomic(PARAMS) as temporary:
         temporary.write_bytes(recipes[name])
     print(f"params.yaml is now the recipe {name}")
+    _tell_absent()
+
+
+def _tell_absent() -> None:
+    """Warn of files that params.yaml names and `dvc repro` would miss."""
+    from pipeline.params import absent, load_params
+
+    for line in absent(load_params()):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 @app.command()
@@ -345,6 +354,7 @@ def params() -> None:
 
     for key, value in flatten(load_params()).items():
         print(f"{key} = {value}")
+    _tell_absent()
 
 
 @shards.command()

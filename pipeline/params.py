@@ -630,6 +630,12 @@ class Params(Section):
                 f"shard.shard_rows: at most {most}, not {self.shard.shard_rows}: more faces of {width}×{height} pixels "
                 "may exceed the 2 GiB that the images of a file can have"
             )
+        strangers, asked = self.download.distractors, self.evaluate.megaface.distractors[-1]
+        if isinstance(strangers, Synthetic) and asked > (there := strangers.identities * strangers.images):
+            raise ValueError(
+                f"evaluate.megaface.distractors: {asked}, but download.distractors renders {there} photographs; take "
+                f"at most {there}, or raise its identities"
+            )
         seen, shift = self.train.backbone.width, self.train.augment.shift
         room = min(self.align.face.margin, (self.align.face.size[1] - seen) // 2)
         if self.train.data == "data/shards" and shift > room:
@@ -687,6 +693,22 @@ def _explain(error: ValidationError) -> list[str]:
                     problem += f", not {item['input']!r}"
         lines.append(f"  {key or '(top level)'}: {problem}")
     return lines
+
+
+def absent(params: Params) -> list[str]:
+    """What the parameters name on this machine and is not there: a line for each, by its key."""
+    named = {
+        "shard.clean.names": params.shard.clean.names,
+        "shard.clean.exclude": params.shard.clean.exclude,
+        "evaluate.megaface.noise": params.evaluate.megaface.noise,
+        "evaluate.extra": params.evaluate.extra,
+    }
+    for name in SETS:
+        source: Given | Absent = getattr(params.download, name)
+        if isinstance(source, Local | Archive):
+            named |= {f"download.{name}.location": source.location, f"download.{name}.pairs": source.pairs or ""}
+    places = {key: local_path(place) for key, place in named.items() if place and not is_remote(place)}
+    return [f"{key}: {place} is not there" for key, place in places.items() if not place.exists()]
 
 
 def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import servers
 from pipeline.cli import MLFLOW_PAGE, RECIPES
+from pipeline.params import Archive, load_params
 
 QUICKSTART = (RECIPES / "quickstart.yaml").read_bytes()
 
@@ -52,6 +53,23 @@ def test_params_prints_every_value_by_dotted_name(tmp_path: Path) -> None:
 def test_params_names_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_bytes(QUICKSTART.replace(b"margin: 0.35", b"margin: -1") + b"marginn: 0.3\n")
     assert_error(cosface(tmp_path, "params"), "params.yaml", "train.head.margin", "-1", "marginn: unknown key")
+
+
+def test_files_that_are_named_and_not_there_are_told_by_key(tmp_path: Path) -> None:
+    for name in ("names.txt", "exclude.csv", "noise.txt"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    (tmp_path / "data" / "extra").mkdir()
+    assert cosface(tmp_path, "recipe", "quickstart").stderr == ""
+    (tmp_path / "data" / "noise.txt").unlink()
+    told = cosface(tmp_path, "recipe", "cosface-casia")
+    assert told.returncode == 0
+    casia = load_params(tmp_path / "params.yaml").download
+    assert isinstance(casia.train, Archive)
+    assert f"warning: download.train.location: {casia.train.location} is not there\n" in told.stderr
+    assert "warning: evaluate.megaface.noise: data/noise.txt is not there\n" in told.stderr
+    assert "http" not in told.stderr
+    assert cosface(tmp_path, "params").stderr == told.stderr
 
 
 def test_recipes_are_listed(tmp_path: Path) -> None:

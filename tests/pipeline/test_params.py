@@ -119,6 +119,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("download.train.folds", 10, r"train\.folds: lfw and ytf need at least 2, the others have none"),
     ("download.lfw.pairs", 7, r"lfw: needs folds >= 2 and an even number of pairs"),
     ("download.lfw.imagse", 7, r"download\.lfw\.imagse: unknown key"),
+    (
+        "evaluate.megaface.distractors",
+        [10, 2000],
+        r"distractors: 2000, but download\.distractors renders 1000 photograp",
+    ),
     ("evaluate.megaface.fars", [], r"evaluate\.megaface\.fars: .*at least 1 item"),
     ("evaluate.megaface.noise", None, r"evaluate\.megaface\.noise: .*valid string, not None"),
     ("nonsense", 1, r"nonsense: unknown key"),
