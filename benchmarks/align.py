@@ -499,7 +499,7 @@ def hashes_of(folder: Path) -> list[str]:
 @contextmanager
 def started(*arguments: str, wait_for: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A scheduler or a worker by dask's own command, and what its log says behind `wait_for`."""
-    command = [sys.executable, "-m", "dask", *arguments, "--no-dashboard"]
+    command = [sys.executable, "-m", "dask", *arguments, "--dashboard-address", "127.0.0.1:0"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, cwd=ROOT) as process:
         assert process.stderr is not None

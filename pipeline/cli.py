@@ -23,9 +23,7 @@ MLFLOW_PAGE = "#/experiments?workflowType=machine_learning"
 app = typer.Typer(
     name="cosface",
     help="Face verification trained with the Large Margin Cosine Loss. Run it in the project's folder.",
-    epilog="More machines for data work: `dask scheduler --host 127.0.0.1`, then `dask worker tcp://127.0.0.1:8786 "
-    "--nthreads 1 --memory-limit 2GiB` as often as there are cores, and machine.executor: tcp://127.0.0.1:8786 in "
-    "params.yaml.",
+    epilog="More machines for data work: see Scaling out in README.md.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -40,7 +40,10 @@ _LIVES = 3
 _PATIENCE = 30
 """Seconds that a Dask scheduler and its first worker are waited for."""
 _CODE = (Path(__file__).parent, Path(__file__).parents[1] / "stages")
-_START = "`dask scheduler --host 127.0.0.1`, then `dask worker tcp://127.0.0.1:8786 --nthreads 1 --memory-limit 2GiB`"
+_START = (
+    "`dask scheduler --host 127.0.0.1 --dashboard-address 127.0.0.1:0`, then `dask worker tcp://127.0.0.1:8786 "
+    "--host 127.0.0.1 --dashboard-address 127.0.0.1:0 --nthreads 1 --memory-limit 2GiB`"
+)
 
 _worker: int | None = None
 """Which of the processes of `_local_pool` this is, from 0; None in any other."""

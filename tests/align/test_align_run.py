@@ -206,7 +206,7 @@ def test_two_workers_write_the_same_bytes_though_another_was_killed(
 
 
 def test_a_dask_cluster_writes_the_same_bytes(raw: Path, aligned: Path, tmp_path: Path) -> None:
-    scheduler = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-show")
+    scheduler = ("scheduler", "--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0", "--port", "0")
     with dask(*scheduler, wait_for="Scheduler at:") as (_, address), worker(address), worker(address):
         where = machine(1).model_copy(update={"executor": address})
         report = tmp_path / "reports" / "train"

@@ -28,6 +28,7 @@ from pipeline.params import Machine
 from tests.samples import HERE
 
 ROOT = Path(__file__).parents[2]
+LOOPBACK = ("--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0")
 
 
 def machine(**changes: Any) -> Machine:
@@ -194,14 +195,31 @@ def dask(*arguments: str, code: Path = ROOT, wait_for: str) -> Iterator[tuple[su
 
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
-    arguments = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-show")
-    with dask(*arguments, wait_for="Scheduler at:") as (_, address):
+    with dask("scheduler", *LOOPBACK, "--port", "0", wait_for="Scheduler at:") as (_, address):
         yield address
 
 
 def worker(scheduler: str, memory: str = "1GiB", code: Path = ROOT, options: tuple[str, ...] = ()) -> Any:
-    usual = ("--nthreads", "1", "--memory-limit", memory, "--no-dashboard", "--no-nanny", "--host", "127.0.0.1")
-    return dask("worker", scheduler, *usual, *options, code=code, wait_for="Registered to:")
+    usual = ("--nthreads", "1", "--memory-limit", memory, "--no-nanny")
+    return dask("worker", scheduler, *LOOPBACK, *usual, *options, code=code, wait_for="Registered to:")
+
+
+def test_what_is_said_to_start_a_cluster_opens_no_port_to_others() -> None:
+    """The commands of error messages, which README.md has too."""
+    first, then = re.findall(r"`dask ([^`]+)`", executor._START)
+    readme = (ROOT / "README.md").read_text()
+    assert f"\ndask {first}\n" in readme
+    assert f"\ndask {then} " in readme
+    with dask(*first.split(), "--port", "0", wait_for="Scheduler at:") as (scheduler, address):
+        arguments = then.replace("tcp://127.0.0.1:8786", address).split()
+        with dask(*arguments, wait_for="Registered to:") as (nanny, _):
+            worker = psutil.Process(nanny.pid).children(recursive=True)
+            everyone = [psutil.Process(scheduler.pid), psutil.Process(nanny.pid), *worker]
+            ports = [port for each in everyone for port in each.net_connections() if port.status == "LISTEN"]
+            nanny.terminate()  # and its worker with it
+            nanny.wait(timeout=60)
+    assert len(ports) >= 5  # the dashboards' and Dask's own
+    assert {port.laddr.ip for port in ports} == {"127.0.0.1"}
 
 
 def test_a_cluster_gives_what_local_processes_give_though_a_worker_is_killed(scheduler: str, tmp_path: Path) -> None:
@@ -255,9 +273,8 @@ def test_a_scheduler_that_goes_away_is_one_clear_error(tmp_path: Path) -> None:
         return begun
 
     tasks = [(str(tmp_path), i) for i in range(2)]
-    arguments = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-show")
     with (  # noqa: PT012
-        dask(*arguments, wait_for="Scheduler at:") as (process, address),
+        dask("scheduler", *LOOPBACK, "--port", "0", wait_for="Scheduler at:") as (process, address),
         worker(address),
         ThreadPoolExecutor(1) as killer,
         pytest.raises(InputError, match=rf"the Dask scheduler at {address} is gone; start it again and run again"),
@@ -304,7 +321,7 @@ def configured(monkeypatch: pytest.MonkeyPatch, **tls: Path) -> Iterator[None]:
 def test_a_cluster_behind_tls_by_dask_s_own_configuration(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--tls-ca-file", certificate, "--tls-cert", certificate, "--tls-key", certificate)
     tls = ("--protocol", "tls", *map(str, options))
-    arguments = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-show", *tls)
+    arguments = ("scheduler", *LOOPBACK, "--port", "0", *tls)
     with (
         dask(*arguments, wait_for="Scheduler at:") as (_, address),
         worker(address, options=tls),
