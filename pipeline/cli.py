@@ -186,10 +186,12 @@ def promote(run_id: Annotated[str, typer.Argument(help="A run's id in MLflow, or
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Argument(help="The file.")] = Path("model.onnx"),
+    out: Annotated[Path, typer.Argument(help="The file, NAME.onnx.")] = Path("model.onnx"),
     models: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("models"),
 ) -> None:
     """Write the trained model as ONNX: uint8 faces in, embeddings of length 1 out."""
+    if out.suffix != ".onnx":
+        raise CommandError(f"{out}: must end in .onnx")
     from stages.train.export import export
 
     model = export(models, out)
@@ -286,11 +288,11 @@ def embed(
     from pipeline.params import load_params
     from pipeline.progress import configure_logging
     from stages.evaluate.models import load_embedder
-    from stages.evaluate.photographs import check_form, embed_folder
+    from stages.evaluate.photographs import check_out, embed_folder
 
     configure_logging()
     params = load_params()
-    check_form(out)  # before the model, which takes its time to load
+    check_out(out)  # before the model, which takes its time to load
     with registry.located(model, params) as place:
         embedder = load_embedder(place.path, choose_device(params.machine.device), place.name)
         found = embed_folder(folder, out, embedder, params, aligned=aligned, fallback=fallback)

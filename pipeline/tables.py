@@ -106,12 +106,19 @@ PART_ROWS = 500
 PART_BYTES = 256 << 20
 """A part closes earlier once its images reach this size, so that memory stays bounded for large photographs."""
 
+OUTPUTS = ("data", "models", "reports")
+"""The folders of a project that the graph writes, and so the only ones where what is lost can be made anew."""
 MADE_BY = "made_by"
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 
 
 class TableError(InputError):
     """A table on disk is absent, incomplete or of another schema; the message names the file and what to do."""
+
+
+def output_folder(path: Path) -> str | None:
+    """Which of `OUTPUTS`, of the project in the current folder, a path lies in, or is; None for a path of one's own."""
+    return next((name for name in OUTPUTS if path.resolve().is_relative_to(Path(name).resolve())), None)
 
 
 def part_path(folder: Path, index: int) -> Path:
@@ -210,11 +217,13 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path) as file:
             yield file
     except FileNotFoundError as error:
-        raise TableError(f"{path}: no such file; run `dvc repro` to make it") from error
+        hint = "; run `dvc repro` to make it" if output_folder(path) else ""
+        raise TableError(f"{path}: no such file{hint}") from error
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's refusal, not what is in the file
             raise
-        raise TableError(f"{path}: not a readable Parquet file: {error}; delete it and run `dvc repro`") from error
+        hint = "; delete it and run `dvc repro`" if output_folder(path) else ""
+        raise TableError(f"{path}: not a readable Parquet file: {error}{hint}") from error
 
 
 def read_parts(folder: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:

@@ -94,10 +94,10 @@ def embed_folder(
         fallback: crop the centre where no face is found, as evaluation does.
 
     Raises:
-        PhotographsError: there is no such folder, not one face in it, two photographs of one name, or another ending
-            of `out`.
+        PhotographsError: there is no such folder, not one face in it, two photographs of one name, or what `check_out`
+            refuses.
     """
-    check_form(out)
+    check_out(out)
     photographs = find_photographs(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
@@ -126,14 +126,16 @@ def embed_folder(
     return Embedded(counts, embedded)
 
 
-def check_form(out: Path) -> None:
-    """Whether a file's name tells a form that `embed_folder` writes.
+def check_out(out: Path) -> None:
+    """Whether `embed_folder` can write a file of that name.
 
     Raises:
-        PhotographsError: it does not.
+        PhotographsError: its ending tells no form of `FORMS`, or it lies where the graph writes.
     """
     if out.suffix not in FORMS:
-        raise PhotographsError(f"{out}: must end in {' or '.join(FORMS)}")
+        raise PhotographsError(f"--out: {out}: must end in {' or '.join(FORMS)}")
+    if name := tables.output_folder(out):
+        raise PhotographsError(f"--out: {out} lies in {name}, which is the pipeline's; take a folder of your own")
 
 
 def find_photographs(folder: Path) -> list[Photograph]:

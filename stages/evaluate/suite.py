@@ -19,7 +19,6 @@ from stages.evaluate.verification import EvaluationError
 
 MEGAFACE = ("probes", "distractors")
 PROTOCOLS = (*PAIRED, "megaface", "extra")
-_TRACKED = ("data", "models", "reports")
 
 
 def evaluate_model(model: Embedder, protocols: Sequence[str], out: Path, params: Params) -> None:
@@ -66,15 +65,14 @@ def check(protocols: Sequence[str], out: Path | None, params: Params) -> None:
         params: section evaluate.
 
     Raises:
-        EvaluationError: a protocol is unknown, `out` is a folder that DVC tracks or where more sets lie, or these are
+        EvaluationError: a protocol is unknown, `out` lies where the graph writes, or where more sets lie, or these are
             asked for and there are none.
     """
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown or not protocols:
         raise EvaluationError(f"--sets: some of {', '.join(PROTOCOLS)}, not {', '.join(unknown) or 'none'}")
-    for name in _TRACKED:
-        if out is not None and out.resolve().is_relative_to(Path(name).resolve()):
-            raise EvaluationError(f"--out: {out} lies in {name}, which is the pipeline's; take a folder of your own")
+    if out is not None and (name := tables.output_folder(out)):
+        raise EvaluationError(f"--out: {out} lies in {name}, which is the pipeline's; take a folder of your own")
     if "extra" in protocols:
         _check_extra(Path(params.evaluate.extra), out)
 

@@ -111,6 +111,7 @@ def test_looking_for_a_run_makes_no_store(tmp_path: Path, command: tuple[str, ..
     ("command", "problem"),
     [
         (("embed", ".", "--out", "faces.csv"), "faces.csv: must end in .parquet or .npz"),
+        (("embed", ".", "--out", "reports/lfw/scores.parquet"), "--out: reports/lfw/scores.parquet lies in reports"),
         (("evaluate", "--sets", "lfw,cfp"), "--sets: some of lfw, ytf, megaface, extra, not cfp"),
         (("evaluate", "--sets", "lfw", "--out", "data/mine"), "--out: data/mine lies in data"),
         (("evaluate", "--sets", "extra"), "data/extra: no such folder"),
@@ -121,6 +122,12 @@ def test_what_can_be_told_without_the_model_is_told_first(
 ) -> None:
     (tmp_path / "params.yaml").write_bytes(QUICKSTART)
     assert_error(cosface(tmp_path, *command, "--model", "nosuch"), problem)
+
+
+def test_export_writes_over_nothing_but_a_model(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(QUICKSTART)
+    assert_error(cosface(tmp_path, "export", "params.yaml"), "params.yaml: must end in .onnx")
+    assert (tmp_path / "params.yaml").read_bytes() == QUICKSTART
 
 
 @pytest.mark.parametrize("command", [("schedule", "--cron", "0 3 * * 0", "--start-server"), ("retrain",)])
