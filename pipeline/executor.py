@@ -9,6 +9,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -271,8 +272,9 @@ def _local_pool(workers: int, threads: int) -> Executor:
 
 
 def _begin(begun: "Synchronized[int]") -> None:
-    """Take a number, counting those that have `begun`, and do not outlive the parent."""
+    """Take a number, counting those that have `begun`, end by Ctrl-C at once, and do not outlive the parent."""
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an exception would end the task in hand alone, and begin another
     with begun.get_lock():
         _worker = begun.value
         begun.value += 1

@@ -1,6 +1,5 @@
 """`python -m stages.align SET`: data/raw/SET → data/aligned/SET."""
 
-import argparse
 from pathlib import Path
 
 from pipeline.entry import stage
@@ -8,11 +7,8 @@ from pipeline.params import SETS, Params
 from stages.align import run
 
 
-def main(params: Params) -> None:
+def main(params: Params, name: str) -> None:
     """Align one set by params.yaml."""
-    parser = argparse.ArgumentParser(prog="python -m stages.align", description="data/raw/SET → data/aligned/SET.")
-    parser.add_argument("set", choices=SETS)
-    name: str = parser.parse_args().set
     run(
         Path("data/raw") / name,
         Path("data/aligned") / name,
@@ -24,4 +20,4 @@ def main(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    stage(main)
+    stage(main, SETS)

@@ -1,6 +1,5 @@
 """`python -m stages.evaluate {lfw|ytf}`: the pairs of data/raw/<set> and data/embedded/<set> → reports/<set>."""
 
-import argparse
 from pathlib import Path
 
 from pipeline import tracking
@@ -9,11 +8,8 @@ from pipeline.params import PAIRED, Params
 from stages.evaluate import Trained, run
 
 
-def main(params: Params) -> None:
+def main(params: Params, name: str) -> None:
     """Evaluate the model on one set of pairs."""
-    parser = argparse.ArgumentParser(prog="python -m stages.evaluate", description="Verification on one set of pairs.")
-    parser.add_argument("set", choices=PAIRED)
-    name = parser.parse_args().set
     trained = Trained(Path("data/shards/labels.parquet"), Path(params.shard.clean.names))
     with tracking.training_run_of(Path("models"), params) as tracker:
         raw, embedded = Path("data/raw") / name, Path("data/embedded") / name
@@ -21,4 +17,4 @@ def main(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    stage(main)
+    stage(main, PAIRED)

@@ -1,6 +1,5 @@
 """`python -m stages.evaluate.embed SET`: data/aligned/SET and models → data/embedded/SET."""
 
-import argparse
 from pathlib import Path
 
 from pipeline.entry import stage
@@ -10,11 +9,8 @@ from stages.evaluate.features import embed_set
 from stages.evaluate.models import load_embedder
 
 
-def main(params: Params) -> None:
+def main(params: Params, name: str) -> None:
     """Embed one set by the model of this folder."""
-    parser = argparse.ArgumentParser(prog="python -m stages.evaluate.embed", description="Features of a set's faces.")
-    parser.add_argument("set", choices=SETS)
-    name: str = parser.parse_args().set
     keep_memory()
     model = load_embedder(Path("models"), choose_device(params.machine.device))
     # of the training set, the audit alone makes use, without mirror images
@@ -23,4 +19,4 @@ def main(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    stage(main)
+    stage(main, SETS)

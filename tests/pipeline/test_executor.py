@@ -22,6 +22,7 @@ from dask import system as dask_system
 from pydantic import ValidationError
 
 from pipeline import executor
+from pipeline.cli import RECIPES
 from pipeline.errors import InputError
 from pipeline.executor import choose_device, run_all
 from pipeline.params import Machine
@@ -167,6 +168,43 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
         while worker.exists() and "zombie" not in (worker / "status").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+def test_an_interruption_does_not_wait_for_tasks(tmp_path: Path) -> None:
+    """Ctrl-C, as a terminal sends it to all: what has not begun, though a worker may have it already, is not done."""
+    code = f"""
+from pipeline.entry import stage
+from tests.pipeline import test_executor as t
+
+def main(_):
+    tasks = [({str(tmp_path)!r}, i) for i in range(8)]
+    t.run_all(t.sleep_long, tasks, machine=t.machine(), label="sleeping", unit="naps")
+
+if __name__ == "__main__":
+    stage(main)
+"""
+    shutil.copy(RECIPES / "quickstart.yaml", tmp_path / "params.yaml")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        process_group=0,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.pid"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(parent.pid, signal.SIGINT)
+    try:
+        said = parent.communicate(timeout=60)[1]
+    finally:
+        parent.kill()
+    assert parent.returncode == 130
+    assert said.endswith("interrupted; the same command goes on from what is finished\n")
+    assert "Traceback" not in said
+    assert len(list(tmp_path.glob("*.pid"))) == 2
 
 
 @contextmanager
