@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +92,21 @@ def test_a_stage_depends_on_the_code_that_it_uses(stage: str) -> None:
     assert [path for path in allowed if not any(within(file, (path,)) for file in lacking)] == []
     for path in STAGES[stage]["deps"]:
         assert "$" in path or not path.startswith(("stages/", "pipeline/")) or (ROOT / path).exists()
+
+
+def test_git_ignores_what_dvc_keeps_and_that_alone(tmp_path: Path) -> None:
+    """Or DVC writes a .gitignore of its own, and advises to commit it."""
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+
+    def paths(stage: dict[str, Any], kind: str) -> set[str]:
+        named = [next(iter(each)) if isinstance(each, dict) else each for each in stage.get(kind, [])]
+        return {path.replace("${item.set}", "lfw").replace("${key}", "lfw") for path in named}
+
+    outs, metrics = (set().union(*(paths(stage, kind) for stage in STAGES.values())) for kind in ("outs", "metrics"))
+    for folder in (path for path in outs if not Path(path).suffix):
+        (tmp_path / folder).mkdir(parents=True)
+    found = subprocess.run(
+        ["git", "check-ignore", *outs, *metrics], cwd=tmp_path, capture_output=True, text=True
+    ).stdout.split()
+    assert set(found) == outs

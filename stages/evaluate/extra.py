@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pipeline.entry import stage
 from pipeline.executor import choose_device, keep_memory
 from pipeline.params import Evaluate, Params
+from pipeline.tables import atomic
 from pipeline.tracking import NoRun, training_run_of
 from stages.align.decode import UnreadableImage, decode
 from stages.download.protocols import Pair
@@ -248,8 +249,11 @@ def main(params: Params) -> None:
     models = Path("models")
     model = load_embedder(models, choose_device(params.machine.device))
     trained = Trained(Path("data/shards/labels.parquet"), Path(params.shard.clean.names))
+    folder, out = Path(params.evaluate.extra), Path("reports/extra")
     with training_run_of(models, params) as tracker:
-        run(Path(params.evaluate.extra), model, trained, Path("reports/extra"), params, tracker)
+        run(folder, model, trained, out, params, tracker)
+    with atomic(out / "sets.txt") as path:  # there at any rate, for of an empty folder DVC warns
+        path.write_text("".join(f"{file}\n" for file in find_sets(folder)) or f"{folder}: no sets there\n")
 
 
 if __name__ == "__main__":
