@@ -126,7 +126,8 @@ def ui(
 ) -> None:
     """Show runs (MLflow) and retrains (Prefect) in the browser, on this machine only, until Ctrl-C.
 
-    Where MLFLOW_TRACKING_URI is a server, runs are shown there.
+    Where MLFLOW_TRACKING_URI is a server, runs are shown there; a Prefect server that answers on the port already, as
+    that of `cosface schedule --start-server` does, is left as it is.
     """
     from pipeline import servers, tracking
     from pipeline.params import shown
@@ -137,9 +138,15 @@ def ui(
         else:
             started = [stack.enter_context(servers.mlflow_server(mlflow_port))]
             runs = f"{started[0].address}/{MLFLOW_PAGE}"
-        started.append(stack.enter_context(servers.prefect_server(prefect_port)))
-        print(f"MLflow   {runs}\nPrefect  {started[-1].address}\nCtrl-C ends what was started", flush=True)
-        while True:
+        retrains = f"http://{servers.HOST}:{prefect_port}"
+        if servers.prefect_answers(f"{retrains}/api"):
+            retrains += " (which ran already)"
+        else:
+            started.append(stack.enter_context(servers.prefect_server(prefect_port)))
+        print(f"MLflow   {runs}\nPrefect  {retrains}", flush=True)
+        if started:
+            print("Ctrl-C ends what was started", flush=True)
+        while started:
             for server in started:
                 server.check()
             time.sleep(1)
@@ -260,7 +267,7 @@ def evaluate(
     from stages.evaluate.models import load_embedder
 
     configure_logging()
-    params, protocols = load_params(), [name.strip() for name in sets.split(",")]
+    params, protocols = load_params(), list(dict.fromkeys(filter(None, map(str.strip, sets.split(",")))))
     suite.check(protocols, out, params)
     with registry.located(model, params) as place:
         embedder = load_embedder(place.path, choose_device(params.machine.device), place.name)

@@ -223,13 +223,19 @@ def running_server() -> str | None:
     """The API of the configured Prefect server, else of the one on this machine's usual port; None without either.
 
     Raises:
-        ServerError: the configured server does not answer.
+        ServerError: the configured server does not answer, or it is not Prefect's API that does.
     """
-    configured = get_current_settings().api.url
+    settings = get_current_settings()
+    configured = settings.api.url
     if configured is None:
         return LOCAL_API if prefect_answers(LOCAL_API) else None
     if not answers(configured):
         raise ServerError(f"PREFECT_API_URL={configured}: no answer; start that server, or unset the variable")
+    if not configured.startswith(settings.cloud.api_url) and not prefect_answers(configured, by_proxy=True):
+        raise ServerError(
+            f"PREFECT_API_URL={configured}: what answers there is not Prefect's API, whose address ends in /api, as "
+            f"{LOCAL_API} does"
+        )
     return configured
 
 
@@ -243,7 +249,7 @@ def check_schedule(cron: str, timezone: str) -> None:
         f"--cron {cron!r} --timezone {timezone!r}: not a schedule; five fields (minute, hour, day, month, weekday) "
         'of dates that there are, such as "0 3 * * 0", and a zone such as UTC or Europe/Berlin'
     )
-    if len(cron.split()) != 5:  # Prefect would take the last of six for seconds
+    if len(cron.split()) != 5 or not timezone:  # Prefect would take the last of six for seconds, and no zone for UTC
         raise problem
     try:
         asyncio.run(CronSchedule(cron=cron, timezone=timezone).get_dates(1))

@@ -262,10 +262,15 @@ def answers(address: str) -> bool:
     return True
 
 
-def prefect_answers(api: str) -> bool:
-    """Whether it is a Prefect server that answers at an API's address on loopback, and not something else there."""
+def prefect_answers(api: str, *, by_proxy: bool = False) -> bool:
+    """Whether it is a Prefect server that answers at an API's address, and not something else there.
+
+    Args:
+        api: the address, which ends in /api where nobody has put the server elsewhere.
+        by_proxy: whether the environment's proxies are asked, as for an address that is not on loopback.
+    """
     try:
-        response = httpx.get(f"{api}/health", timeout=5, trust_env=False)
+        response = httpx.get(f"{api.rstrip('/')}/health", timeout=10, trust_env=by_proxy)
         return response.is_success and response.json() is True
     except (httpx.HTTPError, ValueError):
         return False

@@ -280,6 +280,7 @@ def test_schedules_are_checked() -> None:
         ("0 3 31 2 *", "UTC"),
         ("every sunday", "UTC"),
         ("0 3 * * 0", "Mars/Olympus"),
+        ("0 3 * * 0", ""),
     ):
         with pytest.raises(FlowError, match="not a schedule"):
             flow.check_schedule(cron, timezone)
@@ -410,6 +411,34 @@ def wait_for(look: Callable[[], list[FlowRun]], seconds: float = 60) -> list[Flo
         time.sleep(0.2)
     assert found
     return found
+
+
+def test_only_prefect_s_api_is_taken_for_it(ui: Ui) -> None:
+    for address in (f"{ui.prefect}/api", f"{ui.prefect}/api/"):
+        with temporary_settings({PREFECT_API_URL: address}):
+            assert flow.running_server() == address
+    for address in (ui.prefect, ui.mlflow, f"{ui.mlflow}/api"):
+        with (
+            temporary_settings({PREFECT_API_URL: address}),
+            pytest.raises(
+                servers.ServerError, match=rf"PREFECT_API_URL={address}: .* is not Prefect's API, .* ends in /api"
+            ),
+        ):
+            flow.running_server()
+
+
+def test_the_ui_does_with_a_prefect_server_that_runs(ui: Ui, tmp_path: Path) -> None:
+    """Here there is nothing else to start, so that it ends."""
+    found = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "ui", f"--prefect-port={ui.prefect.rpartition(':')[2]}"],
+        cwd=tmp_path,
+        env={**os.environ, "MLFLOW_TRACKING_URI": "https://mlflow.example.org", "HTTP_PROXY": NOBODY},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.returncode == 0
+    assert found.stdout.splitlines()[1:] == [f"Prefect  {ui.prefect} (which ran already)"]
 
 
 def test_the_ui_shows_both_until_it_is_ended(ui: Ui) -> None:
