@@ -1,6 +1,7 @@
 """The model as one ONNX file, for whatever runs it elsewhere."""
 
 import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -46,16 +47,18 @@ def export(models: Path, out: Path) -> FaceModel:
     model = load_model(models, torch.device("cpu"))
     example = torch.zeros(2, 3, HEIGHT, model.width, dtype=torch.uint8)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that would only make it faster
-    program = torch.onnx.export(
-        _Normalised(model).eval(),
-        (example,),
-        input_names=["images"],
-        output_names=["embeddings", "norms"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what torch has deprecated and uses itself
+        program = torch.onnx.export(
+            _Normalised(model).eval(),
+            (example,),
+            input_names=["images"],
+            output_names=["embeddings", "norms"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None
     program.model.metadata_props[MODEL_TAG] = model_digest(models)
     with atomic(out) as path:

@@ -113,11 +113,14 @@ def load_model(folder: Path, device: torch.device) -> FaceModel:
 
     Raises:
         ModelError: model.json or backbone.safetensors is absent or does not belong to this code.
+        OSError: one of them may not be read.
     """
     try:
         description = json.loads((folder / "model.json").read_text())
         model = build_model(Backbone.model_validate(description["backbone"]))
-        load_tensors(model.backbone, folder / "backbone.safetensors")
+        weights = folder / "backbone.safetensors"
+        weights.open("rb").close()  # safetensors calls any file absent that it cannot open, and does not name it
+        load_tensors(model.backbone, weights)
     except FileNotFoundError as error:
         raise ModelError(f"{error.filename}: no such file; `dvc repro train` makes it") from error
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -48,8 +48,15 @@ def test_what_is_wrong_with_a_model_is_said(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text(json.dumps({"backbone": {"name": "small", "width": 112, "embedding": 32}}))
     with pytest.raises(ModelError, match="not a model of this pipeline"):
         load_model(tmp_path, CPU)
-    (tmp_path / "backbone.safetensors").write_bytes(b"not weights")
+    weights = tmp_path / "backbone.safetensors"
+    weights.write_bytes(b"not weights")
     with pytest.raises(ModelError, match="not a model of this pipeline"):
+        load_model(tmp_path, CPU)
+    weights.unlink()
+    with pytest.raises(ModelError, match=rf"^{weights}: no such file; `dvc repro train` makes it"):
+        load_model(tmp_path, CPU)
+    weights.mkdir()  # as one without permission, which root has, nothing that can be opened
+    with pytest.raises(IsADirectoryError, match=str(weights)):
         load_model(tmp_path, CPU)
 
 
