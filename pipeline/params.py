@@ -27,6 +27,8 @@ IMAGES_BYTES = 2**31 - 1
 """A file's images, at most: Arrow counts the bytes of such a column by 32 bits."""
 JPEG_BYTES = 2.5
 """An aligned face's, for each of its pixels, at most: pure noise takes 2.4 at quality 100, a face a fifth of that."""
+_SHOWN = 60
+"""Characters of a wrong value that a message repeats."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -260,7 +262,7 @@ class Validation(Section):
         if self.by == "image" and self.pairs:
             raise ValueError(f"pairs: 0 where validation is by image, not {self.pairs}")
         if self.by == "identity" and (self.pairs < 2 or self.pairs % 2 or not self.share):
-            raise ValueError("by identity needs a share above 0 and an even number of pairs, at least 2")
+            raise ValueError("by: identity needs a share above 0 and an even number of pairs, at least 2")
         return self
 
 
@@ -397,7 +399,7 @@ class ScheduleSection(Section):
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
         if self.warmup >= self.iterations:
-            raise ValueError(f"warmup must be less than iterations = {self.iterations}, not {self.warmup}")
+            raise ValueError(f"warmup: must be less than iterations = {self.iterations}, not {self.warmup}")
         return self
 
 
@@ -412,9 +414,9 @@ class Steps(ScheduleSection):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones must increase, not {list(self.milestones)}")
+            raise ValueError(f"milestones: must increase, not {list(self.milestones)}")
         if self.milestones and self.milestones[-1] >= self.iterations:
-            raise ValueError(f"milestones must lie before iterations = {self.iterations}, not {list(self.milestones)}")
+            raise ValueError(f"milestones: must lie before iterations = {self.iterations}, not {list(self.milestones)}")
         return self
 
 
@@ -512,7 +514,7 @@ class Train(Section):
         if self.batch % self.micro_batches or self.batch // self.micro_batches < 2:
             raise ValueError(f"micro_batches: {self.micro_batches} equal parts, two images at least, of {self.batch}?")
         if self.compile and self.recompute:
-            raise ValueError("compile and recompute exclude each other: set one of them to false")
+            raise ValueError("compile: true excludes recompute: true; set one of them to false")
         return self
 
 
@@ -531,7 +533,7 @@ class MegaFace(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if list(self.distractors) != sorted(set(self.distractors)):
-            raise ValueError(f"distractors must increase, not {list(self.distractors)}")
+            raise ValueError(f"distractors: must increase, not {list(self.distractors)}")
         return self
 
 
@@ -664,13 +666,24 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise ParamsError(f"{path}: not text in UTF-8: {error}") from error
     except (YAMLError, ValueError) as error:  # the latter for what looks like a date and is none
         raise ParamsError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ParamsError(
+            f"{path}: must have the sections {', '.join(Params.model_fields)}, not {_short(content)}; "
+            "`cosface recipe quickstart` writes the default one"
+        )
     try:
         return Params.model_validate(content)
     except ValidationError as error:
         raise ParamsError(f"{path}:\n" + "\n".join(_explain(error))) from error
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
 def _explain(error: ValidationError) -> list[str]:
+    """A line for each value that is wrong: its dotted key, what would be right, and what it is."""
     tags = {"synthetic", "folder", "archive", "none", "uniform", "balanced"}
     tags |= {"steps", "cosine", "polynomial", "softmax", "nsl", "a-softmax", "cosface", "arcface", "adaface"}
     lines = []
@@ -682,16 +695,25 @@ def _explain(error: ValidationError) -> list[str]:
             for i, part in enumerate(parts)
             if not (i == 2 and parts[0] in ("download", "train") and part in tags)
         )
+        context, value = item.get("ctx", {}), item["input"]
         match item["type"]:
             case "extra_forbidden":
-                problem = f"unknown key (its value is {item['input']!r})"
+                problem = f"unknown {'section' if isinstance(value, dict) else f'key (its value is {_short(value)})'}"
             case "missing":
                 problem = "missing"
+            case "union_tag_not_found":
+                key, problem = f"{key}.{context['discriminator'][1:-1]}", "missing"
+            case "union_tag_invalid":
+                key = f"{key}.{context['discriminator'][1:-1]}"
+                problem = f"must be one of {context['expected_tags']}, not {context['tag']!r}"
+            case "model_type" | "model_attributes_type":
+                problem = f"must be a section with keys of its own, not {_short(value)}"
+            case "value_error":  # by a check of ours, which names the key within the section
+                within, _, problem = str(context["error"]).partition(": ")
+                key = f"{key}.{within}" if key else within
             case _:
-                problem = item["msg"].removeprefix("Value error, ")
-                if not isinstance(item["input"], dict):
-                    problem += f", not {item['input']!r}"
-        lines.append(f"  {key or '(top level)'}: {problem}")
+                problem = f"{item['msg']}, not {_short(value)}"
+        lines.append(f"  {key}: {problem}")
     return lines
 
 

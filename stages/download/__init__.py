@@ -158,6 +158,8 @@ def _run_photographs(set_name: str, source: Local | Archive, out: Path, download
     else:
         folder = local_path(source.location)
         if not folder.is_dir():
+            if folder.exists():
+                raise SourceError(f"{folder}: a file, not a folder; for an archive, set {key}.source to archive")
             raise SourceError(f"{folder}: no such folder; set {key}.location in params.yaml to where it is")
         contents = _write_set(set_name, source, out, pairs, folder_digest(folder), folder_members(folder))
     for file in obtained:

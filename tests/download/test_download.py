@@ -433,6 +433,11 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{tmp_path / 'faces'}: no such folder; set download.train.location in params.yaml to where it is"
     )
+    (tmp_path / "faces").write_bytes(b"PK")
+    with pytest.raises(
+        SourceError, match=r"faces: a file, not a folder; for an archive, set download\.train\.source to"
+    ):
+        run("train", folder(tmp_path / "faces"), tmp_path / "raw", HERE)
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
