@@ -201,16 +201,18 @@ def _collect(
     done: Callable[[int, T], None],
 ) -> None:
     """Do the tasks that have no result yet."""
-    futures: dict[Future[T], int] = {
-        executor.submit(call, *task): i for i, task in enumerate(tasks) if i not in results
-    }
+    with _interrupts_held():
+        futures: dict[Future[T], int] = {
+            executor.submit(call, *task): i for i, task in enumerate(tasks) if i not in results
+        }
     try:
         for future in as_completed(futures):
             done(futures[future], future.result())
     except BaseException:
-        for future in futures:
-            future.cancel()
-        executor.shutdown(wait=False)
+        if isinstance(executor, ProcessPoolExecutor):
+            executor.shutdown(wait=False, cancel_futures=True)
+        else:
+            executor.shutdown(wait=False)  # Dask's cancels by itself
         for future, index in futures.items():  # what has come in meanwhile need not be done again
             if index not in results and future.done() and not future.cancelled() and future.exception() is None:
                 done(index, future.result())
@@ -271,10 +273,21 @@ def _local_pool(workers: int, threads: int) -> Executor:
     return ProcessPoolExecutor(workers, context, _begin, (context.Value("i", 0),))
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C from workers that start here until they `_begin`; imports would end in a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(begun: "Synchronized[int]") -> None:
     """Take a number, counting those that have `begun`, end by Ctrl-C at once, and do not outlive the parent."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an exception would end the task in hand alone, and begin another
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with begun.get_lock():
         _worker = begun.value
         begun.value += 1
