@@ -156,7 +156,7 @@ class Place:
             TableError: it is not readable, or not of `schema`.
         """
         with self.reading(name):
-            table = pq.ParquetFile(pa.BufferReader(content)).read()
+            table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
         if not table.schema.equals(schema):
             raise TableError(f"{self.shown(name)}: has columns {table.column_names}, expected {schema.names}")
         return table
@@ -258,7 +258,7 @@ class Split:
         if index >= file.num_row_groups or file.metadata.row_group(index).num_rows != expected:
             raise TableError(f"{self._place.shown(name)}: row group {index} has not the {expected} rows it should have")
         with self._place.reading(name, f"row group {index} "):
-            return file.read_row_group(index)
+            return file.read_row_group(index, use_threads=False)
 
     def _opened(self, name: str) -> pq.ParquetFile:
         """A file, opened unless it is one of those used last."""
@@ -288,7 +288,7 @@ class Split:
             with self._reading:
                 file = self._opened(name)
                 with self._place.reading(name, "labels "):
-                    columns.append(file.read(columns=["label"])["label"].to_numpy())
+                    columns.append(file.read(columns=["label"], use_threads=False)["label"].to_numpy())
         return np.concatenate(columns)
 
 
