@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from pipeline.executor import cores
 from pipeline.params import Params, load_params
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +21,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # A shell's background jobs have Ctrl-C ignored, which what the tests start and interrupt would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: some tests wait, for servers and for minutes to begin."""
+    return cores() + 1
 
 
 @pytest.fixture
