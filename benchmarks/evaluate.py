@@ -1,6 +1,7 @@
 """Evaluation measured: `python benchmarks/evaluate.py [--only SECTION ...]`.
 
 scoring: 6,000 pairs of LFW's shape with the full bootstrap, beside the same by lists that repeat their pairs.
+coverage: how often 95 % intervals of a TAR have the truth, by how many of 100 different pairs its FAR accepts.
 identification: 3,530 probes among a million distractors, 512 numbers each, beside the bare matrix product.
 embedding: a set from aligned JPEGs to the table of features, beside the bare forward passes.
 The result goes to benchmarks/results/evaluate.json.
@@ -16,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -105,6 +108,24 @@ def lfw_like() -> tuple[list[str], list[str], NDArray, NDArray, NDArray]:
     same = np.arange(6000) % 600 < 300
     scores = np.where(same, random.normal(0.6, 0.15, 6000), random.normal(0.0, 0.12, 6000)).astype(np.float32)
     return left, right, same, np.arange(6000) // 600, scores
+
+
+def coverage(sets: int = 1000, replicates: int = 200, pairs: int = 100) -> dict[str, Any]:
+    """Of so many sets of normal scores, two deviations apart, drawn as independent pairs."""
+    fars = [accepted / pairs for accepted in (1, 2, 3, 5, 10)]
+    truths = {far: 1 - NormalDist(2).cdf(NormalDist().inv_cdf(1 - far)) for far in fars}
+    random, held, given = np.random.default_rng(1), Counter[float](), Counter[float]()
+    same, fold = np.arange(2 * pairs) < pairs, np.arange(2 * pairs) % 10
+    uncertainty.LEAST_ACCEPTED = 1  # what it should be is what is asked here
+    for number in range(sets):
+        scores = np.where(same, random.normal(2, 1, 2 * pairs), random.normal(0, 1, 2 * pairs)).astype(np.float32)
+        found = uncertainty.intervals(Verification(scores, same, fold, fars), None, replicates=replicates, seed=number)
+        for far in fars:
+            bounds = found.bounds[f"tar_at_far_{far}"]
+            given[far] += bounds is not None
+            held[far] += bounds is not None and bounds[0] <= truths[far] <= bounds[1]
+    shares = {f"{round(far * pairs)}": round(held[far] / given[far], 3) for far in fars}
+    return {"sets": sets, "replicates": replicates, "different_pairs": pairs, "share_with_truth_by_accepted": shares}
 
 
 def identification() -> dict[str, Any]:
@@ -209,6 +230,7 @@ def aligned_faces(work: Path) -> Path:
 
 SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "scoring": scoring,
+    "coverage": coverage,
     "identification": identification,
     "embedding": embedding,
 }

@@ -27,9 +27,8 @@ SEED = 1
 LEVEL = 95
 """Of the intervals, per cent."""
 LEAST_ACCEPTED = 5
-"""Different pairs that a FAR has to accept for its TAR to get an interval. Where fewer set the threshold, resampling
-hardly moves it, and intervals come out too narrow: where one of 100 normal scores does, 95 % ones have the truth some
-82 times in 100, where five do 93 times."""
+"""Different pairs that a FAR has to accept for its TAR to get an interval. Where one sets the threshold, resampling
+hardly moves it, and intervals come out too narrow (benchmarks/evaluate.py, `coverage`)."""
 
 Draw = Callable[[], Counts]
 """Weights of a replicate, (N,) whole numbers."""

@@ -244,7 +244,7 @@ class Split:
     def read(self, group: int) -> pa.Table:
         """The rows of a group, schema tables.EXAMPLES.
 
-        Damage that leaves them readable goes unnoticed here, for checksums of pages would cost 1.7 % of decoding;
+        Damage that leaves them readable goes unnoticed here, where checksums would be computed in every epoch;
         `cosface shards verify` finds it.
 
         Raises:
