@@ -210,7 +210,7 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
     mean = copy.deepcopy(model).eval() if params.average else None
     mean_centres = nn.Parameter(head.weight.detach().clone(), requires_grad=False) if params.average else None
     if params.compile:
-        model.backbone.compile(fullgraph=True)
+        model.compile_training()
     sgd = params.optimizer
     optimizer = torch.optim.SGD(
         [*model.parameters(), head.weight],

@@ -57,6 +57,13 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller network than `small`, where what is asked is the same of any."""
+    network = partial(backbones.improved_residual, (1, 1, 1), channels=(16, 16, 32, 64), stem_stride=2)
+    monkeypatch.setitem(backbones.BACKBONES, "small", network)
+
+
 def mean_colours(embedding: int, width: int) -> nn.Sequential:
     """In place of a network, where it does not matter: quick, and without batch normalisation."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.PReLU(), nn.Flatten(), nn.Linear(48, embedding))
@@ -66,6 +73,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("changes", [{}, {"average": 0.8, "dropout": 0.3}], ids=["plain", "averaged"])
 def test_interrupted_anywhere_ends_in_the_same_bits(
     tmp_path: Path, shards: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -91,8 +99,8 @@ def test_interrupted_anywhere_ends_in_the_same_bits(
 
 
 @pytest.fixture
-def short(tiny: Params) -> Params:
-    """Four iterations, with a checkpoint after two."""
+def short(tiny: Params, narrow: None) -> Params:
+    """Four iterations of a narrow network, with a checkpoint after two."""
     schedule = {"name": "steps", "iterations": 4, "warmup": 1, "milestones": [3], "factor": 0.1}
     return changed(tiny, batch=8, checkpoint_every=2, log_every=2, schedule=schedule)
 
@@ -577,6 +585,7 @@ def test_a_gpu_too_small_is_told_with_what_to_change(
     )
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_loss_that_stands_still_is_reported(
     tmp_path: Path, shards: Path, tiny: Params, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -621,6 +630,7 @@ def test_a_standstill_is_reported_early_and_again(
     assert len(caplog.messages) == 1
 
 
+@pytest.mark.usefixtures("narrow")
 def test_bounds_are_told_with_their_numbers(
     tmp_path: Path, shards: Path, tiny: Params, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -640,6 +650,7 @@ HEADS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head["name"])
 def test_every_head_learns_and_goes_on_where_it_was(
     tmp_path: Path, shards: Path, tiny: Params, head: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -831,7 +842,7 @@ def test_peaks_go_by_the_gpu_s_whole_name(name: str, peak: float | None, monkeyp
     assert meter.peak_teraflops(torch.device("cuda"), "bf16") == peak
 
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and COSFACE_GPU=1")
 
 
 @on_gpu
@@ -871,18 +882,15 @@ no_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.mark.usefixtures("narrow")  # CPUs compute in fp16 slowly
 @pytest.mark.parametrize(
     "changes",
     [{"precision": "bf16"}, {"precision": "fp16"}, pytest.param({"compile": True}, marks=no_compiler)],
     ids=["bf16", "fp16", "compiled"],
 )
-def test_other_arithmetic_learns_alike(
-    tmp_path: Path, shards: Path, tiny: Params, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_arithmetic_learns_alike(tmp_path: Path, shards: Path, tiny: Params, changes: dict[str, Any]) -> None:
     """The same start to rounding, and something learnt in the end."""
     losses = []
-    narrow = partial(backbones.improved_residual, (1, 1, 1), channels=(16, 16, 32, 64), stem_stride=2)
-    monkeypatch.setitem(backbones.BACKBONES, "small", narrow)  # CPUs compute in fp16 slowly
     short = {"log_every": 1, "schedule": {"name": "polynomial", "iterations": 10, "warmup": 1, "power": 1.0}}
     for name, params in (("plain", changed(tiny, **short)), ("changed", changed(tiny, **short, **changes))):
         train.run(tmp_path / name, tmp_path / "checkpoints", params)
@@ -894,6 +902,32 @@ def test_other_arithmetic_learns_alike(
     assert plain == other
 
 
+def test_torch_compile_sees_the_network_as_one_graph(tiny: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And makes code for training alone."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def kept(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    plain, compiled = (
+        loop.begin(changed(tiny, compile=value).train, 4, torch.device("cpu")) for value in (False, True)
+    )
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=kept))
+    compiled.model.compile_training()
+    images = torch.randint(0, 256, (8, 3, 112, 112), dtype=torch.uint8)
+    torch.testing.assert_close(compiled.model(images), plain.model(images))
+    (graph,) = graphs
+    operations = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum(node.target is torch.conv2d for node in operations) == sum(
+        isinstance(layer, nn.Conv2d) for layer in plain.model.modules()
+    )
+    with compiled.judging() as model:
+        model(images[:5])
+    assert len(graphs) == 1
+
+
+@pytest.mark.usefixtures("narrow")
 def test_fp16_survives_that_its_first_step_is_left_out(shards: Path, tiny: Params) -> None:
     """Gradients overflow under a scale too large, at first: the step is skipped, the scale halved, nothing is lost."""
     params = changed(tiny, precision="fp16")
