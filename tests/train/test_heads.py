@@ -169,7 +169,7 @@ def test_loss_and_gradients_are_the_textbooks(name: str, n: int, classes: int, d
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_gradients_are_finite_differences(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "CHUNK", chunk)
-    monkeypatch.setattr(heads, "_ROWS", 2)
+    monkeypatch.setattr(heads, "_ROWS", {"cpu": 2})
     torch.manual_seed(1)
     head = MAKE[name](7, 5).double().eval()  # so that a step leaves no trace
     if isinstance(head, AdaFace):
