@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -110,11 +111,18 @@ def memory() -> int:
 def prepare_worker(threads: int) -> None:
     """Give this process so many threads, and let it keep its memory."""
     import cv2
-    import torch
 
     cv2.setNumThreads(threads)
-    torch.set_num_threads(threads)
+    _limit_threads(threads)  # of torch where a task imports it; it takes seconds, and many tasks do not
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
     keep_memory()
+
+
+def _limit_threads(threads: int) -> None:
+    """Of libraries that are loaded from here on, in this process and those that it starts."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
 
 
 @functools.cache
@@ -267,8 +275,7 @@ def _processes(machine: Machine, tasks: int, most: int | None) -> int:
 
 def _local_pool(workers: int, threads: int) -> Executor:
     """Fresh processes, none of which outlives this one."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(threads)  # read by a worker before any code of ours runs in it
+    _limit_threads(threads)  # read by a worker before any code of ours runs in it
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, context, _begin, (context.Value("i", 0),))
 

@@ -19,6 +19,10 @@ settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("random", deadline=None, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
+# On a GPU results agree but within rounding. With COSFACE_GPU=1 it is there, for the tests that are of it.
+if not os.environ.get("COSFACE_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # A shell's background jobs have Ctrl-C ignored, which what the tests start and interrupt would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

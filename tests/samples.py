@@ -8,24 +8,13 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from pipeline.params import Augment, Face, Machine, Shard
+from pipeline.params import Augment, Face, Shard
 from pipeline.tables import ALIGNED, part_path, write_table
 from stages import shard
+from tests.work import HERE
 
 ROOT = Path(__file__).parents[1]
 FACE = Face(width=112, margin=0, quality=95)
-HERE = Machine(
-    executor="local",
-    workers=1,
-    threads=1,
-    memory=0.5,
-    device="cpu",
-    processes=None,
-    loaders=None,
-    cache="none",
-    checkpoint_minutes=60,
-    checkpoints_kept=2,
-)
 NO_AUGMENTATION: dict[str, Any] = {
     "horizontal_flip": 0.0,
     "shift": 0,

@@ -29,9 +29,9 @@ TINY: dict[str, dict[str, Any]] = {
     "download.distractors": {"identities": 20},
     "evaluate": {"replicates": 100},
     "evaluate.megaface": {"distractors": [5, 20]},
-    "train": {"batch": 16, "log_every": 5, "checkpoint_every": 20},
+    "train": {"batch": 16, "log_every": 4, "checkpoint_every": 8},
     "train.backbone": {"embedding": 32},
-    "train.schedule": {"iterations": 60, "warmup": 5, "milestones": [50]},
+    "train.schedule": {"iterations": 24, "warmup": 4, "milestones": [20]},
 }
 
 
@@ -144,7 +144,7 @@ def test_one_tracked_run_holds_training_and_both_evaluations(project: Path) -> N
     assert run.data.metrics["shard/train"] == shards["train"] > 0
     assert "figures/faces.png" in {artifact.path for artifact in client.list_artifacts(run.info.run_id, "figures")}
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
-    assert steps == list(range(5, 61, 5))
+    assert steps == list(range(4, 25, 4))
 
 
 def test_shards_verify(project: Path) -> None:
@@ -152,11 +152,12 @@ def test_shards_verify(project: Path) -> None:
 
 
 def test_a_killed_second_clone_ends_in_the_same_hashes(project: Path, tmp_path: Path) -> None:
-    """kill -9 of everything in the middle of align, then of train; the third go finishes."""
+    """kill -9 of everything in the middle of align, then of train; the third go finishes. Up to a set's evaluation."""
     second = clone(tmp_path / "second")
-    for sign in ("data/aligned/.train.earlier", "checkpoints/*/iteration-00000020.pt"):
+    command = ["dvc", "repro", "evaluate@lfw"]
+    for sign in ("data/aligned/.train.earlier", "checkpoints/*/iteration-00000008.pt"):
         process = subprocess.Popen(
-            ["dvc", "repro"],
+            command,
             cwd=second,
             env=environment(),
             start_new_session=True,
@@ -170,11 +171,13 @@ def test_a_killed_second_clone_ends_in_the_same_hashes(project: Path, tmp_path: 
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    output = call(second, "dvc", "repro")
+    output = call(second, *command)
     assert "going on from here" in output
-    assert lock(second) == lock(project)
+    needed = {name for name in DATA_STAGES if "distractors" not in name}
+    assert lock(second).keys() == needed | {"train", "embed@lfw", "evaluate@lfw"}
+    assert lock(second).items() <= lock(project).items()
     (kept,) = second.glob("checkpoints/*")  # until another training has ended
-    assert max(path.name for path in kept.glob("iteration-????????.pt")) == "iteration-00000060.pt"
+    assert max(path.name for path in kept.glob("iteration-????????.pt")) == "iteration-00000024.pt"
 
 
 def test_only_what_changed_is_run_again(project: Path) -> None:

@@ -36,7 +36,7 @@ from stages.align.decode import decode
 from tests.align.scenes import scenes
 from tests.align.test_warp import PUBLISHED
 from tests.pipeline.test_executor import dask, worker
-from tests.samples import HERE
+from tests.work import HERE
 
 PARAMS = Align(
     detector=Detector(

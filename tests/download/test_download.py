@@ -22,7 +22,7 @@ from pipeline.errors import InputError
 from pipeline.params import Archive, Local, Synthetic
 from stages.download import SourceError, run, synthetic
 from stages.download.errors import DamagedError
-from tests.samples import HERE
+from tests.work import HERE
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(1)

@@ -8,7 +8,7 @@ import pytest
 from pipeline import tables
 from pipeline.params import Archive
 from stages.download import run
-from tests.samples import HERE
+from tests.work import HERE
 
 FACES = Path(__file__).parents[2].parent / "shared" / "faces"
 pytestmark = pytest.mark.skipif(not FACES.exists(), reason="no real photographs beside the repository")

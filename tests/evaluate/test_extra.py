@@ -22,7 +22,8 @@ from stages.evaluate.extra import read_bin, run
 from stages.evaluate.models import Embedder
 from stages.evaluate.scoring import Scored
 from stages.evaluate.verification import EvaluationError
-from tests.samples import HERE, face_like, jpeg
+from tests.samples import face_like, jpeg
+from tests.work import HERE
 
 BY_HAND = b"(lp0\nS'one'\np1\naS'two'\np2\naS'one'\np3\naS'one'\np4\na(lp5\nI00\naI01\na\x86p6\n."
 """Two lists as Python 2 writes them, in protocol 0 but for the tuple: four strings; False and True."""

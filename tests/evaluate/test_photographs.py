@@ -20,7 +20,8 @@ from stages.evaluate.photographs import PhotographsError, embed_folder, find_pho
 from stages.train.faces import decode_face
 from tests.align.scenes import scenes
 from tests.evaluate.conftest import Workspace
-from tests.samples import HERE, face_like, jpeg
+from tests.samples import face_like, jpeg
+from tests.work import HERE
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")

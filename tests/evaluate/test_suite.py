@@ -17,7 +17,7 @@ from stages.evaluate.suite import evaluate_model, text
 from stages.evaluate.verification import EvaluationError
 from stages.train.export import export
 from tests.evaluate.conftest import EVALUATE, Workspace
-from tests.samples import HERE
+from tests.work import HERE
 
 CPU = torch.device("cpu")
 ALL = ("lfw", "ytf", "megaface")

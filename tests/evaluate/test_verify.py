@@ -24,7 +24,8 @@ from tests.align.scenes import FACE_CENTRE, scenes
 from tests.conftest import ROOT
 from tests.evaluate.conftest import Workspace
 from tests.evaluate.test_photographs import expected
-from tests.samples import HERE, jpeg
+from tests.samples import jpeg
+from tests.work import HERE
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")

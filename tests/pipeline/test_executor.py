@@ -25,25 +25,10 @@ from pipeline import executor
 from pipeline.cli import RECIPES
 from pipeline.errors import InputError
 from pipeline.executor import choose_device, run_all
-from pipeline.params import Machine
-from tests.samples import HERE
+from tests.work import die, die_once, fail_at_three, machine, sleep_long, square, which
 
 ROOT = Path(__file__).parents[2]
 LOOPBACK = ("--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0")
-
-
-def machine(**changes: Any) -> Machine:
-    return Machine.model_validate(HERE.model_dump() | {"workers": 2} | changes)
-
-
-def square(number: int) -> tuple[int, int]:
-    return number * number, torch.get_num_threads()
-
-
-def fail_at_three(number: int) -> int:
-    if number == 3:
-        raise ValueError("three is not liked")
-    return number
 
 
 @pytest.mark.parametrize(("workers", "threads"), [(1, 1), (2, 1), (1, 2)])
@@ -51,11 +36,6 @@ def test_results_in_order_from_workers_of_so_many_threads(workers: int, threads:
     where = machine(workers=workers, threads=threads)
     results = run_all(square, [(i,) for i in range(9)], machine=where, label="squaring", unit="numbers")
     assert results == [(i * i, threads) for i in range(9)]
-
-
-def which(_: int) -> int | None:
-    time.sleep(0.5)
-    return executor._worker
 
 
 def test_workers_share_the_gpus_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,20 +91,6 @@ def test_a_container_limits_cores_and_threads(monkeypatch: pytest.MonkeyPatch) -
         torch.set_num_threads(before)
 
 
-def die_once(folder: str, number: int) -> int:
-    """Notes each attempt; the first one at number 3 costs the worker its life."""
-    attempts = len(list(Path(folder).glob(f"{number}-*")))
-    (Path(folder) / f"{number}-{attempts}").touch()
-    if number == 3 and not attempts:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.2)
-    return number
-
-
-def die(_: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_what_a_killed_worker_had_in_hand_is_done_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tasks = [(str(tmp_path), i) for i in range(8)]
     assert run_all(die_once, tasks, machine=machine(), label="trying", unit="numbers") == list(range(8))
@@ -141,15 +107,11 @@ def test_workers_that_die_again_and_again_are_one_clear_error() -> None:
 
 PARENT = """
 import sys
-from tests.pipeline.test_executor import machine, run_all, sleep_long
+from pipeline.executor import run_all
+from tests.work import machine, sleep_long
 if __name__ == "__main__":
     run_all(sleep_long, [(sys.argv[1], i) for i in range(2)], machine=machine(), label="sleeping", unit="naps")
 """
-
-
-def sleep_long(folder: str, number: int) -> None:
-    (Path(folder) / f"{number}.pid").write_text(str(os.getpid()))
-    time.sleep(120)
 
 
 def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
@@ -175,11 +137,12 @@ def test_an_interruption_does_not_wait_for_tasks(begun: int, tmp_path: Path) -> 
     """Ctrl-C, as a terminal sends it to all: what has not begun, though a worker may have it already, is not done."""
     code = f"""
 from pipeline.entry import stage
-from tests.pipeline import test_executor as t
+from pipeline.executor import run_all
+from tests.work import machine, sleep_long
 
 def main(_):
     tasks = [({str(tmp_path)!r}, i) for i in range(8)]
-    t.run_all(t.sleep_long, tasks, machine=t.machine(), label="sleeping", unit="naps")
+    run_all(sleep_long, tasks, machine=machine(), label="sleeping", unit="naps")
 
 if __name__ == "__main__":
     stage(main)

@@ -37,6 +37,8 @@ from pipeline.flow import FlowError
 from pipeline.params import load_params
 from stages.train import launch
 
+pytestmark = pytest.mark.xdist_group("flow")  # one process, so that the servers are started once
+
 GRAPH = """\
 stages:
   report:  # written before what it needs

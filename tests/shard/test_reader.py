@@ -16,7 +16,8 @@ from pipeline.tables import EXAMPLES, TableError, write_table
 from stages.shard import reader
 from stages.shard.reader import File, Place, Rows, Shards, Split
 from stages.shard.verify import verify
-from tests.samples import HERE, face_like, jpeg, shard_section, write_shards
+from tests.samples import face_like, jpeg, shard_section, write_shards
+from tests.work import HERE
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from pipeline.tables import ALIGNED, DROPPED, LABELS, VAL_PAIRS, TableError, par
 from stages import shard
 from stages.shard import __main__ as command
 from stages.shard import writer
-from tests.samples import FACE, HERE, face_like, jpeg, shard_section, write_aligned
+from tests.samples import FACE, face_like, jpeg, shard_section, write_aligned
+from tests.work import HERE
 
 PARAMS = shard_section(
     {"min_images": 2}, seed=3, validation={"by": "image", "share": 0.25, "pairs": 0}, row_group_rows=3
