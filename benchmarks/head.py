@@ -3,7 +3,8 @@
 Forward and backward of LMCL at batch 512, 512 dimensions, for 10,575 classes (CASIA-WebFace's), 93,431 (MS1MV3's) and a
 million: ours; the bare matrix products, which are the floor; the one-hot formulation; an indexed subtraction with
 cross_entropy; and pytorch-metric-learning's CosFaceLoss, which is set up in an environment of its own. Contestants take
-turns, each in a process of its own; ratios are those of a round. The result goes to benchmarks/results/head.json.
+turns, on a CPU each in a process of its own; ratios are those of a round. The result goes to
+benchmarks/results/head-<cpu or the GPU's name>.json.
 """
 
 import argparse
@@ -12,31 +13,47 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
-import venv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.learning import peers_python
 from pipeline.executor import cores
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "head.json"
-PINNED = ["torch==2.13.0", "numpy", "pytorch-metric-learning==2.9.0"]
+GPU = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+RESULT = ROOT / "benchmarks" / "results" / f"head-{GPU.lower().replace(' ', '-') if GPU else 'cpu'}.json"
 PEERS = ("bare products", "one-hot", "index", "pytorch-metric-learning")
-STEPS = {10_575: 8, 93_431: 4, 1_000_000: 2}
-ROUNDS = 5
+STEPS = {10_575: 8, 93_431: 4, 1_000_000: 2} if GPU is None else {10_575: 200, 93_431: 50, 1_000_000: 10}
+ROUNDS = 5 if GPU is None else 3
 
 
-def run(python: str, name: str, classes: int) -> dict[str, Any]:
-    command = [python, str(ROOT / "benchmarks" / "head_peers.py"), name, str(classes), str(STEPS[classes])]
-    environment = os.environ | {"PYTHONPATH": str(ROOT) if name == "ours" else ""}
-    answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    found: dict[str, Any] = json.loads(answer.splitlines()[-1])
-    # The first step allocates, and is not what training sees.
-    return found | {"seconds": statistics.median(found["seconds"][1:])}
+def run(python: str, classes: int, rounds: int, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    command = [python, str(ROOT / "benchmarks" / "head_peers.py"), str(classes), str(STEPS[classes]), str(rounds)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT) if "ours" in names else ""}
+    answer = subprocess.run([*command, *names], check=True, capture_output=True, text=True, env=environment).stdout
+    found: dict[str, list[dict[str, Any]]] = json.loads(answer.splitlines()[-1])
+    for each in (each for own in found.values() for each in own):
+        # The first steps allocate, and are not what training sees.
+        each["seconds"] = statistics.median(each["seconds"][max(1, STEPS[classes] // 4) :])
+    return found
+
+
+def contest(python: str, classes: int) -> dict[str, list[dict[str, Any]]]:
+    """All rounds of all contestants: in one process on a GPU, each time in one of its own on a CPU."""
+    # Of a million classes, the others hold the N×C matrix several times over: beyond a small machine's memory.
+    small = GPU is None and classes == max(STEPS)
+    names, count = (["ours", "bare products"], 2) if small else (["ours", *PEERS], ROUNDS)
+    if GPU:
+        return run(python, classes, count, names)
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(count):
+        for name in names:
+            rounds[name] += run(python, classes, 1, [name])[name]
+    return rounds
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -62,26 +79,16 @@ def summary(own: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir()) / "cosface-head-peers")
-    peers: Path = parser.parse_args().peers
-    if not (peers / "complete").exists():
-        venv.create(peers, clear=True, with_pip=True)
-        subprocess.run([peers / "bin" / "python", "-m", "pip", "install", "--quiet", *PINNED], check=True)
-        (peers / "complete").touch()
-    theirs = str(peers / "bin" / "python")
+    python = peers_python(parser.parse_args().peers.resolve())
     result: dict[str, Any] = {
-        "machine": {"cores": cores(), "processor": platform.processor() or platform.machine()},
+        "machine": {"cores": cores(), "processor": platform.processor() or platform.machine(), "gpu": GPU},
         "batch": 512,
         "embedding": 512,
         "versions": {"torch": torch.__version__},
         "classes": {},
     }
     for classes in STEPS:
-        # Of a million classes, the others hold the N×C matrix several times over: beyond this machine's memory.
-        names = ("ours", *PEERS) if classes < 1_000_000 else ("ours", "bare products")
-        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        for _ in range(ROUNDS if classes < 1_000_000 else 2):
-            for name in names:
-                rounds[name].append(run(sys.executable if name == "ours" else theirs, name, classes))
+        rounds = contest(python, classes)
         result["classes"][str(classes)] = {name: summary(own, rounds["ours"]) for name, own in rounds.items()}
         if "pytorch-metric-learning" in rounds:
             result["versions"]["pytorch-metric-learning"] = rounds["pytorch-metric-learning"][0]["version"]

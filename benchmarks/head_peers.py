@@ -1,6 +1,7 @@
-"""A head's forward and backward pass, timed in a process of its own: `python benchmarks/head_peers.py NAME C STEPS`.
+"""Heads' forward and backward passes: `python benchmarks/head_peers.py C STEPS ROUNDS NAME...`.
 
-Prints JSON: seconds of each step, and the memory that a step needs beyond centres, embeddings and labels. Imports
+Prints JSON, by name a list of rounds, in which the named take turns: seconds of each step, and the memory that a step
+needs beyond centres, embeddings and labels. On a CPU that is the process's, so one name and round at a time. Imports
 nothing of this project but for NAME ours, so that peers run in an environment of their own.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
 SCALE, MARGIN, BATCH, EMBEDDING = 64.0, 0.35, 512, 512
+GPU = torch.cuda.is_available()
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -27,6 +29,7 @@ def ours(weight: Tensor) -> tuple[Loss, Tensor]:
 
     head = CosFace(2, EMBEDDING, SCALE, MARGIN)
     head.weight = torch.nn.Parameter(weight)
+    head.classes = len(weight)
     return lambda x, y: head(x, y).loss, head.weight
 
 
@@ -91,38 +94,68 @@ HEADS = {
 
 
 def memory(key: str) -> float:
-    """VmRSS or VmHWM, MiB."""
+    """VmRSS or VmHWM, MiB; on a GPU what is allocated of its memory, and the most that was."""
+    if GPU:
+        return (torch.cuda.memory_allocated() if key == "VmRSS" else torch.cuda.max_memory_allocated()) / 2**20
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) / 1024
 
 
+def forget_peak() -> None:
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def now() -> float:
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Contestant:
+    """A head with centres of its own."""
+
+    def __init__(self, name: str, classes: int) -> None:
+        torch.manual_seed(0)
+        device = "cuda" if GPU else "cpu"
+        self._name = name
+        self._x = torch.randn(BATCH, EMBEDDING).to(device).requires_grad_()
+        self._y = torch.randint(classes, (BATCH,)).to(device)
+        self._loss, self._weight = HEADS[name]((0.02 * torch.randn(classes, EMBEDDING)).to(device))
+
+    def turn(self, steps: int) -> dict[str, Any]:
+        before = memory("VmRSS")
+        forget_peak()
+        seconds = []
+        for _ in range(steps):
+            self._x.grad = self._weight.grad = None
+            started = now()
+            value = self._loss(self._x, self._y)
+            value.backward()
+            seconds.append(now() - started)
+        found = {
+            "seconds": seconds,
+            "extra_mib": memory("VmHWM") - before,
+            "peak_mib": memory("VmHWM"),
+            "loss": value.item(),
+            "version": version(self._name) if self._name == "pytorch-metric-learning" else torch.__version__,
+        }
+        self._x.grad = self._weight.grad = None
+        return found
+
+
 def main() -> None:
-    name, classes, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    torch.manual_seed(0)
-    x = torch.randn(BATCH, EMBEDDING, requires_grad=True)
-    y = torch.randint(classes, (BATCH,))
-    loss, weight = HEADS[name](0.02 * torch.randn(classes, EMBEDDING))
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    seconds = []
-    for _ in range(steps):
-        x.grad = weight.grad = None
-        started = time.perf_counter()
-        value = loss(x, y)
-        value.backward()
-        seconds.append(time.perf_counter() - started)
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "extra_mib": memory("VmHWM") - before,
-                "peak_mib": memory("VmHWM"),
-                "loss": value.item(),
-                "version": version(name) if name == "pytorch-metric-learning" else torch.__version__,
-            }
-        )
-    )
+    classes, steps, rounds = map(int, sys.argv[1:4])
+    names = sys.argv[4:]
+    contestants = {name: Contestant(name, classes) for name in names}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, contestant in contestants.items():
+            found[name].append(contestant.turn(steps))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 Images/s, memory and, on a GPU, utilisation of its peak (MFU), of iresnet50 and sphere64 with LMCL over 10,575 classes:
 our step in several precisions, eager and compiled, and a reference step as public repositories write it: the same
-network in torch's default memory format, float images from the host, margin subtracted from the logits, cross_entropy,
-clipped gradients, the loss read every step; in fp32 and by autocast. Random images of CASIA-WebFace's shape, already on
-the device for ours. Contestants take turns, each in a process of its own; ratios are those of a round. The result goes
-to benchmarks/results/train-<cpu or the GPU's name>.json.
+network in torch's default memory format, float images, margin subtracted from the logits, cross_entropy, gradients
+clipped, the loss read every step; in fp32 and by autocast, in fp16 with a scaled loss. Random images of
+CASIA-WebFace's shape, already on the device for both; cuDNN tries its algorithms for both. Contestants take turns, on a
+GPU in one process, on a CPU each in one of its own; ratios are those of a round. The result goes to
+benchmarks/results/train-<cpu or the GPU's name>.json, in place of what is there of the same backbones and batches.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +37,22 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CLASSES = 10_575
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ON_CPU = ["reference fp32", "reference bf16", "ours fp32", "ours fp32 compiled", "ours bf16", "ours bf16 compiled"]
+HALVES = ["reference fp16", "reference bf16", "ours bf16", "ours bf16 compiled"]
+"""On a GPU; and these, too, at the paper's batch:"""
+AT_512 = ["reference fp32", "ours fp32", "ours tf32"]
+TURN = 0.7
+"""Seconds of a GPU that a turn lasts, about."""
 Step = Callable[[], None]
+Found = dict[str, float | None]
 
 
 def section(backbone: str, batch: int, precision: str, compiled: bool) -> Train:
     """The paper's recipe with another network."""
     train = load_params(ROOT / "pipeline" / "recipes" / "cosface-casia.yaml").train
     network = train.backbone.model_copy(update={"name": backbone})
-    sgd = train.optimizer.model_copy(update={"clip_norm": 5.0})
-    return train.model_copy(
-        update={
-            "backbone": network,
-            "optimizer": sgd,
-            "batch": batch,
-            "precision": precision,
-            "compile": compiled,
-        }
-    )
+    changes = {"backbone": network, "batch": batch, "precision": precision, "compile": compiled}
+    return train.model_copy(update=changes)
 
 
 def ours(train: Train, device: torch.device) -> Step:
@@ -68,53 +68,100 @@ def reference(train: Train, device: torch.device) -> Step:
     centres = nn.Parameter(0.01 * torch.randn(CLASSES, train.backbone.embedding, device=device))
     parameters = [*network.parameters(), centres]
     optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
-    images = torch.randn(train.batch, 3, 112, 112, pin_memory=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
+    images = torch.randn(train.batch, 3, 112, 112, device=device)
     labels = torch.randint(CLASSES, (train.batch,), device=device)
 
     def step() -> None:
         with torch.autocast(device.type, AUTOCAST.get(train.precision), train.precision in AUTOCAST):
-            features = network(images.to(device, non_blocking=True))
+            features = network(images)
         logits = normalize(features.float()) @ normalize(centres).T
         rows = torch.arange(len(labels), device=device)
         logits[rows, labels] -= 0.35
         loss = cross_entropy(64 * logits, labels)
         optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(parameters, 5.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         loss.item()
 
     return step
 
 
-def measure(
-    name: str, backbone: str, batch: int, precision: str, compiled: bool, steps: int
-) -> dict[str, float | None]:
-    """One contestant, in a process of its own."""
+class Contestant:
+    """One of them, ready to take its turns."""
+
+    def __init__(self, key: str, backbone: str, batch: int, device: torch.device) -> None:
+        name, precision, *compiled = key.split()
+        self._train, self._device = section(backbone, batch, precision, bool(compiled)), device
+        self._choose_arithmetic()
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        self._step = (ours if name == "ours" else reference)(self._train, device)
+        for _ in range(3 if device.type == "cuda" else 1):
+            self._step()
+        self.steps = 1
+        if device.type == "cuda":
+            self.steps = max(3, round(TURN / self._seconds()))
+            self._held = torch.cuda.memory_allocated() - before
+
+    def _choose_arithmetic(self) -> None:
+        torch.backends.cudnn.allow_tf32 = self._train.precision == "tf32"
+        torch.backends.cudnn.benchmark = True
+
+    def _seconds(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(self.steps):
+            self._step()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def turn(self) -> Found:
+        self._choose_arithmetic()
+        if self._device.type == "cuda":
+            self._step()
+            torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - self._held if self._device.type == "cuda" else 0
+        rate = self.steps * self._train.batch / self._seconds()
+        gpu = self._device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() - others if gpu else psutil.Process().memory_info().rss
+        teraflops = 3 * forward_flops(self._train.backbone) * rate / 1e12
+        peak = peak_teraflops(self._device, self._train.precision)
+        return {
+            "images_per_second": rate,
+            "teraflops": teraflops,
+            "mfu": None if peak is None else teraflops / peak,
+            "memory_gib": memory / 2**30,
+        }
+
+
+def measure(backbone: str, batch: int, steps: int, rounds: int, keys: Sequence[str]) -> dict[str, list[Found | None]]:
+    """So many rounds of some contestants, in this process; None for one that memory is too small for."""
     keep_memory()
     device = choose_device("auto")
-    train = section(backbone, batch, precision, compiled)
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    step = (ours if name == "ours" else reference)(train, device)
-    for _ in range(3 if device.type == "cuda" else 1):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(steps):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    rate = steps * batch / (time.perf_counter() - started)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss
-    teraflops = 3 * forward_flops(train.backbone) * rate / 1e12
-    peak = peak_teraflops(device, precision)
-    return {
-        "images_per_second": rate,
-        "teraflops": teraflops,
-        "mfu": None if peak is None else teraflops / peak,
-        "memory_gib": memory / 2**30,
-    }
+    found: dict[str, list[Found | None]] = {key: [] for key in keys}
+    ready: dict[str, Contestant] = {}
+    for key in keys:
+        started = time.perf_counter()
+        try:
+            ready[key] = Contestant(key, backbone, batch, device)
+            print(f"{key}: ready after {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+        except torch.OutOfMemoryError:
+            found[key] = [None] * rounds
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        else:
+            ready[key].steps = steps
+    for _ in range(rounds):
+        for key, contestant in ready.items():
+            turn = contestant.turn()
+            print(f"{key}: {turn['images_per_second']:.1f} images/s", file=sys.stderr, flush=True)
+            found[key].append(turn)
+    return found
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -144,25 +191,34 @@ def summary(own: list[dict[str, Any] | None], rounds: dict[str, list[dict[str, A
     return medians | {f"times_{other}": spread(values) for other, values in ratios.items() if values}
 
 
+def in_a_process(*of: object) -> dict[str, list[dict[str, Any] | None]]:
+    """What `measure` finds in a process of its own."""
+    command = [sys.executable, __file__, "--measure", *map(str, of)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    found: dict[str, list[dict[str, Any] | None]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
-        name, backbone, batch, precision, compiled, steps = sys.argv[2:8]
-        print(json.dumps(measure(name, backbone, int(batch), precision, compiled == "compiled", int(steps))))
+        network, batch, steps, count = sys.argv[2:6]
+        print(json.dumps(measure(network, int(batch), int(steps), int(count), sys.argv[6:])))
         return
     device = choose_device("auto")
     gpu = device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20 if gpu else 3)
+    parser.add_argument("--steps", type=int, default=3, help="of a turn on a CPU")
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 512, 1024] if gpu else [16])
-    parser.add_argument("--backbones", nargs="+", default=["iresnet50", "sphere64"])
+    parser.add_argument(
+        "--backbones", nargs="+", default=["iresnet50", "sphere64"] if gpu else ["small", "iresnet50", "sphere64"]
+    )
+    parser.add_argument("--steps-of", nargs="+", metavar="STEP", help="some of the steps, such as 'ours bf16 compiled'")
     kind = torch.cuda.get_device_name().lower().replace(" ", "-") if gpu else "cpu"
     parser.add_argument("--out", type=Path, default=RESULTS / f"train-{kind}.json")
     arguments = parser.parse_args()
-    contestants = [("reference", "fp32", ""), ("reference", "bf16", "")]
-    contestants += [("ours", "fp32", ""), ("ours", "bf16", ""), ("ours", "bf16", "compiled")]
-    if gpu:
-        contestants += [("reference", "fp16", ""), ("ours", "tf32", "")]
+    earlier = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
     result: dict[str, Any] = {
         "machine": {
             "cores": cores(),
@@ -170,28 +226,25 @@ def main() -> None:
             "gpu": torch.cuda.get_device_name() if gpu else None,
         },
         "versions": {"torch": torch.__version__},
-        "rows": [],
+        "rows": [
+            row
+            for row in earlier
+            if row["backbone"] not in arguments.backbones or row["batch"] not in arguments.batches
+        ],
     }
     for backbone in arguments.backbones:
-        for batch in arguments.batches:
-            rounds: dict[str, list[dict[str, Any] | None]] = {}
-            for _ in range(arguments.rounds):
-                for contestant in contestants:
-                    name, precision, compiled = contestant
-                    command = [sys.executable, __file__, "--measure", name, backbone, str(batch), precision, compiled]
-                    done = subprocess.run(
-                        [*command, str(arguments.steps)],
-                        capture_output=True,
-                        text=True,
-                        env=os.environ | {"PYTHONPATH": str(ROOT)},
-                    )
-                    fits = "OutOfMemoryError" not in done.stderr
-                    if done.returncode and fits:
-                        raise RuntimeError(done.stderr)
-                    key = " ".join(word for word in contestant if word)
-                    rounds.setdefault(key, []).append(json.loads(done.stdout.splitlines()[-1]) if fits else None)
+        for images in arguments.batches:
+            keys = arguments.steps_of or ((HALVES + AT_512 * (images == 512)) if gpu else ON_CPU)
+            rounds: dict[str, list[dict[str, Any] | None]]
+            if gpu:
+                rounds = in_a_process(backbone, images, arguments.steps, arguments.rounds, *keys)
+            else:
+                rounds = {key: [] for key in keys}
+                for _ in range(arguments.rounds):
+                    for key in keys:
+                        rounds[key] += in_a_process(backbone, images, arguments.steps, 1, key)[key]
             for key, own in rounds.items():
-                row = {"backbone": backbone, "batch": batch, "step": key} | summary(own, rounds)
+                row = {"backbone": backbone, "batch": images, "step": key} | summary(own, rounds)
                 result["rows"].append(row)
                 print(json.dumps(row), flush=True)
             with tables.atomic(arguments.out) as path:

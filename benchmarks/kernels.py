@@ -1,0 +1,71 @@
+"""Where a training step's time goes on a GPU: `python benchmarks/kernels.py --step "ours bf16 compiled"`.
+
+A step of benchmarks/train.py, by torch's profiler: milliseconds of its kernels by kind and by name, how many are
+launched, and the rate without the profiler. The result goes to benchmarks/results/kernels-<GPU>.json, under the
+backbone, the batch and the step.
+"""
+
+import argparse
+import json
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.train import RESULTS, Contestant
+from pipeline import tables
+from pipeline.executor import keep_memory
+
+STEPS = 3
+KINDS = {
+    "convolutions and matrix products": ("xmma", "conv", "gemm", "cutlass", "nvjet", "wgrad", "dgrad", "fprop"),
+    "compiled reductions": ("triton_red", "triton_per"),
+    "compiled pointwise": ("triton_poi",),
+}
+
+
+def kind(name: str) -> str:
+    """Of a kernel, by its name; Triton's first, since they name what they are fused of."""
+    low = name.lower()
+    if low.startswith("triton"):
+        return next(key for key, words in reversed(KINDS.items()) if low.startswith(words))
+    return next((key for key, words in KINDS.items() if any(word in low for word in words)), "others")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="iresnet50")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--step", default="ours bf16 compiled")
+    arguments = parser.parse_args()
+    keep_memory()
+    contestant = Contestant(arguments.step, arguments.backbone, arguments.batch, torch.device("cuda"))
+    turn = contestant.turn()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        contestant.steps = STEPS
+        contestant.turn()
+    each = STEPS + 1  # a turn begins with a step that it does not count
+    time: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    for event in trace.events():
+        if event.device_time_total:
+            time[event.name] += event.device_time_total / 1000 / each
+            kinds[kind(event.name)] += event.device_time_total / 1000 / each
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "images_per_second": round(turn["images_per_second"] or 0),
+        "ms_of_a_step": round(1000 * arguments.batch / (turn["images_per_second"] or 1), 2),
+        "ms_of_kernels": {name: round(ms, 2) for name, ms in kinds.most_common()},
+        "longest": {name[:120]: round(ms, 3) for name, ms in time.most_common(25)},
+    }
+    print(json.dumps(found, indent=1))
+    path = RESULTS / f"kernels-{torch.cuda.get_device_name().lower().replace(' ', '-')}.json"
+    whole = json.loads(path.read_text()) if path.exists() else {}
+    whole[f"{arguments.backbone}, batch {arguments.batch}, {arguments.step}"] = found
+    with tables.atomic(path) as temporary:
+        temporary.write_text(json.dumps(whole, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
