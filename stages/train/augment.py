@@ -13,7 +13,7 @@ jpeg            at a quality of 20 to 90
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -25,9 +25,10 @@ from pipeline.params import Augment
 from stages.train.faces import HEIGHT
 from stages.train.sampling import uniforms
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks a server for its newest version otherwise
+if TYPE_CHECKING:
+    import albumentations
 
-import albumentations as A
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks a server for its newest version otherwise
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,7 @@ class ImageAugmenter:
 
     def __init__(self, params: Augment, width: int) -> None:
         """For images of 112×width pixels."""
-        resize = cv2.INTER_AREA, cv2.INTER_LINEAR
-        colour = {"brightness": (0.7, 1.3), "contrast": (0.7, 1.3), "saturation": (0.7, 1.3), "hue": (-0.02, 0.02)}
-        self._transforms: list[A.BasicTransform] = [
-            A.RandomResizedCrop((HEIGHT, width), scale=(0.6, 1), ratio=_ratio(width), p=1),
-            A.Downscale((0.15, 0.6), dict(zip(("downscale", "upscale"), resize, strict=True)), p=1),
-            A.ColorJitter(**colour, p=1),
-            A.GaussianBlur(blur_limit=0, sigma_limit=(0.5, 2), p=1),
-            _Jpeg(quality_range=(20, 90), p=1),
-        ]
+        self._transforms = _transforms(width)
         self._shares = np.array([params.crop, params.low_resolution, params.colour, params.blur, params.jpeg])
 
     def __call__(self, images: NDArray[np.uint8], seeds: list[int]) -> None:
@@ -103,12 +96,25 @@ class ImageAugmenter:
             images[i] = transform(image=images[i])["image"]
 
 
-class _Jpeg(A.ImageCompression):
-    """That of RGB images: albumentations hands them to OpenCV, which takes them to be BGR."""
+def _transforms(width: int) -> "list[albumentations.BasicTransform]":
+    import albumentations as A  # here, for it takes most of a second, and not all who load batches augment
 
-    def apply(self, img: NDArray[np.uint8], **params: Any) -> NDArray[np.uint8]:
-        """Compress an image of RGB."""
-        return super().apply(img[..., ::-1], **params)[..., ::-1]
+    class Jpeg(A.ImageCompression):
+        """That of RGB images: albumentations hands them to OpenCV, which takes them to be BGR."""
+
+        def apply(self, img: NDArray[np.uint8], **params: Any) -> NDArray[np.uint8]:
+            """Compress an image of RGB."""
+            return super().apply(img[..., ::-1], **params)[..., ::-1]
+
+    resize = {"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_LINEAR}
+    colour = {"brightness": (0.7, 1.3), "contrast": (0.7, 1.3), "saturation": (0.7, 1.3), "hue": (-0.02, 0.02)}
+    return [
+        A.RandomResizedCrop((HEIGHT, width), scale=(0.6, 1), ratio=_ratio(width), p=1),
+        A.Downscale((0.15, 0.6), resize, p=1),
+        A.ColorJitter(**colour, p=1),
+        A.GaussianBlur(blur_limit=0, sigma_limit=(0.5, 2), p=1),
+        Jpeg(quality_range=(20, 90), p=1),
+    ]
 
 
 def _ratio(width: int) -> tuple[float, float]:

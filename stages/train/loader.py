@@ -191,7 +191,7 @@ class Loader(IterableDataset[Batch]):
         # Forked off a process that has only imported these: a fork of this one would not have its threads, but the
         # locks that they hold.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pipeline.deaf", __name__])
+        context.set_forkserver_preload(["pipeline.deaf", __name__, *["albumentations"] * self._params.augment.by_image])
         others = set(multiprocessing.active_children())
         batches: Iterator[Batch | InputError] = iter(
             DataLoader(

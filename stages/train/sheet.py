@@ -24,7 +24,7 @@ def write_sheet(path: Path, split: Split, face: Face, params: Train) -> None:
     decode_all(images, faces, split.name)
     top, left = (size[0] - HEIGHT) // 2, (size[1] - width) // 2
     columns = [np.ascontiguousarray(faces[:, top : top + HEIGHT, left : left + width])]
-    augmenter = ImageAugmenter(params.augment, width)
+    augmenter = ImageAugmenter(params.augment, width) if params.augment.by_image else None
     for epoch in range(EPOCHS):
         (order,), (draws,) = draw(params.augment, params.seed, np.full((1, count), epoch), rows[None], size, width)
         seen = np.empty((count, HEIGHT, width, 3), np.uint8)
@@ -32,7 +32,7 @@ def write_sheet(path: Path, split: Split, face: Face, params: Train) -> None:
             crop(faces[row], draws, i, seen[i])
         if draws.flips:
             mirror(seen[: draws.flips])
-        if params.augment.by_image:
+        if augmenter:
             augmenter(seen, draws.seed)
         columns.append(seen[np.argsort(order)])
     sheet = np.full((count * (HEIGHT + GAP) - GAP, len(columns) * (width + GAP) - GAP, 3), 255, np.uint8)
