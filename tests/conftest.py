@@ -19,12 +19,16 @@ settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("random", deadline=None, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
-# On a GPU results agree but within rounding. With COSFACE_GPU=1 it is there, for the tests that are of it.
+# On a GPU results agree within rounding only. With COSFACE_GPU=1 it is seen, by the tests that are of it.
 if not os.environ.get("COSFACE_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # A shell's background jobs have Ctrl-C ignored, which what the tests start and interrupt would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: COSFACE_GPU=1 pytest -k on_a_gpu")
+"""For tests that are of a GPU; all others are of the CPU, where results are the same to the bit."""
 
 
 def pytest_xdist_auto_num_workers() -> int:

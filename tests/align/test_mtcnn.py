@@ -16,6 +16,7 @@ from pipeline import params
 from stages.align import mtcnn
 from stages.align.mtcnn import Detector, Faces
 from tests.align.scenes import scenes
+from tests.conftest import on_gpu
 
 PEERS = json.loads(Path(__file__).with_name("peers.json").read_text())
 SCENES = scenes()
@@ -142,6 +143,16 @@ def test_the_smallest_face_may_be_a_share_of_the_photograph() -> None:
     by_share = detector(20, 100 / 480).detect([image])[0]
     assert bits(by_share) == bits(detector(100).detect([image])[0])
     assert bits(detector(100, 0.01).detect([image])[0]) == bits(by_share)
+
+
+@on_gpu
+def test_on_a_gpu_it_finds_what_it_finds_on_the_cpu() -> None:
+    images = list(SCENES.values())
+    there, here = (Detector(settings(), device).detect(images) for device in ("cuda", "cpu"))
+    for found, expected in zip(there, here, strict=True):
+        assert found.scores.shape == expected.scores.shape != (0,)
+        np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.05)
+        np.testing.assert_allclose(found.landmarks, expected.landmarks, atol=0.05)
 
 
 def test_the_same_batch_gives_the_same_bits() -> None:

@@ -33,7 +33,7 @@ from stages.shard import reader as shard_reader
 from stages.train import backbones, checkpoint, loader, loop, meter
 from stages.train.heads import Judgement
 from stages.train.loop import Training
-from tests.conftest import ROOT
+from tests.conftest import ROOT, on_gpu
 from tests.pipeline.test_tables import little_space
 from tests.samples import shard_section, write_shards
 
@@ -842,12 +842,9 @@ def test_peaks_go_by_the_gpu_s_whole_name(name: str, peak: float | None, monkeyp
     assert meter.peak_teraflops(torch.device("cuda"), "bf16") == peak
 
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and COSFACE_GPU=1")
-
-
 @on_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_does_not_wait_for_the_gpu(tiny: Params, precision: str) -> None:
+def test_a_step_on_a_gpu_does_not_wait_for_it(tiny: Params, precision: str) -> None:
     device = torch.device("cuda")
     params = changed(tiny, precision=precision, average=0.9).train
     training = loop.begin(params, 4, device)
@@ -860,6 +857,32 @@ def test_a_step_does_not_wait_for_the_gpu(tiny: Params, precision: str) -> None:
             loop.step(training, params, iteration, images, labels)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@pytest.mark.parametrize("cache", ["none", "host", "device"])
+def test_on_a_gpu_it_goes_on_where_it_was(
+    tmp_path: Path, shards: Path, short: Params, seen: list[int], monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    """Within rounding; and on the CPU it begins at the same loss."""
+    monkeypatch.chdir(tmp_path)  # for the cache
+    params = changed(short, log_every=1)
+    machine = short.machine.model_copy(update={"cache": cache})
+    params = params.model_copy(update={"machine": machine.model_copy(update={"device": "cuda"})})
+    train.run(tmp_path / "whole", tmp_path / "a", params)
+    seen[:] = [-1]
+    with pytest.raises(Killed):
+        train.run(tmp_path / "models", tmp_path / "b", params)
+    seen.clear()
+    train.run(tmp_path / "models", tmp_path / "b", params)
+    assert seen == [2, 3]
+    train.run(tmp_path / "cpu", tmp_path / "c", changed(short, log_every=1))
+    losses = {}
+    for name in ("whole", "models", "cpu"):
+        with (tmp_path / name / "history.csv").open() as file:
+            losses[name] = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert losses["models"] == pytest.approx(losses["whole"], rel=1e-2)
+    assert losses["whole"][0] == pytest.approx(losses["cpu"][0], rel=1e-4)
 
 
 def test_dropout_is_what_is_asked_for(tiny: Params) -> None:
