@@ -100,6 +100,7 @@ def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, dev
     classes = int(np.count_nonzero(shards.identities()["train"].to_numpy()))
     data = shards.hashes()
     _warn_of_bounds(classes, params)
+    _warn_of_emulation(params.train.precision, device)
     _check_parts(params, ranks)
 
     checkpoints = Checkpoints(checkpoints_root, made_by(params.train, data), params.machine.checkpoints_kept, ranks)
@@ -252,6 +253,21 @@ def _check_parts(params: Params, ranks: Ranks) -> None:
             "train.batch, or lower machine.processes or train.micro_batches",
             ranks.size,
             images,
+        )
+
+
+_INSTRUCTIONS = {"bf16": ("avx512_bf16", "amx_bf16"), "fp16": ("avx512_fp16", "amx_fp16")}
+"""Of x86 processors, by torch's names; either will do."""
+
+
+def _warn_of_emulation(precision: str, device: torch.device) -> None:
+    names, there = _INSTRUCTIONS.get(precision, ()), torch.cpu.get_capabilities()
+    if device.type == "cpu" and names and there.get("architecture") == "x86_64" and not any(map(there.get, names)):
+        log.warning(
+            "train.precision: %s, for which this processor (%s) has no instructions (%s): fp32 will be faster here",
+            precision,
+            there.get("cpu_name"),
+            " or ".join(names),
         )
 
 

@@ -53,7 +53,7 @@ class FaceModel(nn.Module):
     def compile_training(self) -> None:
         """Let torch.compile make the code of forward and backward, for training alone; of all as one graph.
 
-        By `backbone.compile()` it would be one for each unit, and for none after the first eight: torch does not look
+        By `backbone.compile()` it would be one for each unit, and none for the layers around them: torch does not look
         into the forward of its own nn.Sequential.
         """
         self._compiled = torch.compile(self._features, fullgraph=True, dynamic=False)

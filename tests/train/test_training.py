@@ -641,6 +641,30 @@ def test_bounds_are_told_with_their_numbers(
     assert "train.head.margin = 1.25 is above 1.200, the most that 6 centres in 32 dimensions" in caplog.text
 
 
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize(
+    ("precision", "has", "told"),
+    [("fp32", "", False), ("bf16", "", True), ("bf16", "amx_bf16", False), ("bf16", "avx512_fp16", True)],
+)
+def test_a_precision_that_the_processor_emulates_is_told(
+    tmp_path: Path,
+    shards: Path,
+    tiny: Params,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: str,
+    has: str,
+    told: bool,
+) -> None:
+    processor = {"architecture": "x86_64", "cpu_name": "Some Xeon", "avx512_bf16": False, has: True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    monkeypatch.setattr(loop, "step", lambda *_: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, precision=precision))
+    said = "train.precision: bf16, for which this processor (Some Xeon) has no instructions (avx512_bf16 or amx_bf16)"
+    assert (said in caplog.text) == told
+
+
 HEADS: list[dict[str, Any]] = [
     {"name": "softmax"},
     {"name": "nsl", "scale": 16.0},
