@@ -6,7 +6,7 @@ network in torch's default memory format, float images, margin subtracted from t
 clipped, the loss read every step; in fp32 and by autocast, in fp16 with a scaled loss. Random images of
 CASIA-WebFace's shape, already on the device for both; cuDNN tries its algorithms for both. Contestants take turns, on a
 GPU in one process, on a CPU each in one of its own; ratios are those of a round. The result goes to
-benchmarks/results/train-<cpu or the GPU's name>.json, in place of what is there of the same backbones and batches.
+benchmarks/results/train-<cpu or the GPU's name>.json, in place of what is there of the same steps.
 """
 
 import argparse
@@ -39,8 +39,8 @@ CLASSES = 10_575
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ON_CPU = ["reference fp32", "reference bf16", "ours fp32", "ours fp32 compiled", "ours bf16", "ours bf16 compiled"]
 HALVES = ["reference fp16", "reference bf16", "ours bf16", "ours bf16 compiled"]
-"""On a GPU; and these, too, at the paper's batch:"""
-AT_512 = ["reference fp32", "ours fp32", "ours tf32"]
+WHOLES = ["reference fp32", "ours fp32", "ours tf32"]
+"""On a GPU; these at the paper's batch alone, and last: cuDNN tries slow algorithms for minutes."""
 TURN = 0.7
 """Seconds of a GPU that a turn lasts, about."""
 Step = Callable[[], None]
@@ -218,37 +218,33 @@ def main() -> None:
     kind = torch.cuda.get_device_name().lower().replace(" ", "-") if gpu else "cpu"
     parser.add_argument("--out", type=Path, default=RESULTS / f"train-{kind}.json")
     arguments = parser.parse_args()
+    plan = [(HALVES, arguments.batches), (WHOLES, [512])] if gpu else [(ON_CPU, arguments.batches)]
+    if arguments.steps_of:
+        plan = [(arguments.steps_of, arguments.batches)]
     earlier = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
-    result: dict[str, Any] = {
+    rows = {(row["backbone"], row["batch"], row["step"]): row for row in earlier}
+    result = {
         "machine": {
             "cores": cores(),
             "processor": platform.processor() or platform.machine(),
             "gpu": torch.cuda.get_device_name() if gpu else None,
         },
         "versions": {"torch": torch.__version__},
-        "rows": [
-            row
-            for row in earlier
-            if row["backbone"] not in arguments.backbones or row["batch"] not in arguments.batches
-        ],
     }
-    for backbone in arguments.backbones:
-        for images in arguments.batches:
-            keys = arguments.steps_of or ((HALVES + AT_512 * (images == 512)) if gpu else ON_CPU)
-            rounds: dict[str, list[dict[str, Any] | None]]
-            if gpu:
-                rounds = in_a_process(backbone, images, arguments.steps, arguments.rounds, *keys)
-            else:
-                rounds = {key: [] for key in keys}
-                for _ in range(arguments.rounds):
-                    for key in keys:
-                        rounds[key] += in_a_process(backbone, images, arguments.steps, 1, key)[key]
-            for key, own in rounds.items():
-                row = {"backbone": backbone, "batch": images, "step": key} | summary(own, rounds)
-                result["rows"].append(row)
-                print(json.dumps(row), flush=True)
-            with tables.atomic(arguments.out) as path:
-                path.write_text(json.dumps(result, indent=2) + "\n")
+    for keys, backbone, images in (
+        (keys, backbone, images) for keys, batches in plan for backbone in arguments.backbones for images in batches
+    ):
+        rounds: dict[str, list[dict[str, Any] | None]] = {key: [] for key in keys}
+        for some in [keys] if gpu else [[key] for _ in range(arguments.rounds) for key in keys]:
+            found = in_a_process(backbone, images, arguments.steps, arguments.rounds if gpu else 1, *some)
+            for key, turns in found.items():
+                rounds[key] += turns
+        for key, own in rounds.items():
+            row = {"backbone": backbone, "batch": images, "step": key} | summary(own, rounds)
+            rows[backbone, images, key] = row
+            print(json.dumps(row), flush=True)
+        with tables.atomic(arguments.out) as path:
+            path.write_text(json.dumps(result | {"rows": list(rows.values())}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
