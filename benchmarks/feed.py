@@ -60,7 +60,7 @@ def main() -> None:
         meter = Meter(modern, loader, device, 0)
         for i in range(WARM_UP + arguments.steps):
             if i == WARM_UP:
-                torch.cuda.synchronize() if device.type == "cuda" else None
+                meter.read(i)  # waits for the GPU
                 meter.reset(0)
             batch = next(batches)
             loop.step(training, modern, 20_000, batch.images, batch.labels)

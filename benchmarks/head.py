@@ -44,9 +44,10 @@ def run(python: str, classes: int, rounds: int, names: Sequence[str]) -> dict[st
 
 def contest(python: str, classes: int) -> dict[str, list[dict[str, Any]]]:
     """All rounds of all contestants: in one process on a GPU, each time in one of its own on a CPU."""
-    # Of a million classes, the others hold the N×C matrix several times over: beyond a small machine's memory.
-    small = GPU is None and classes == max(STEPS)
-    names, count = (["ours", "bare products"], 2) if small else (["ours", *PEERS], ROUNDS)
+    names, count = ["ours", *PEERS], ROUNDS
+    if GPU is None and classes == max(STEPS):
+        # The others hold the N×C matrix several times over: beyond a small machine's memory.
+        names, count = ["ours", "bare products"], 2
     if GPU:
         return run(python, classes, count, names)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

@@ -96,13 +96,14 @@ class Contestant:
     def __init__(self, key: str, backbone: str, batch: int, device: torch.device) -> None:
         name, precision, *compiled = key.split()
         self._train, self._device = section(backbone, batch, precision, bool(compiled)), device
+        self._gpu = device.type == "cuda"
         self._choose_arithmetic()
-        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        before = torch.cuda.memory_allocated() if self._gpu else 0
         self._step = (ours if name == "ours" else reference)(self._train, device)
-        for _ in range(3 if device.type == "cuda" else 1):
+        for _ in range(3 if self._gpu else 1):
             self._step()
         self.steps = 1
-        if device.type == "cuda":
+        if self._gpu:
             self.steps = max(3, round(TURN / self._seconds()))
             self._held = torch.cuda.memory_allocated() - before
 
@@ -110,25 +111,26 @@ class Contestant:
         torch.backends.cudnn.allow_tf32 = self._train.precision == "tf32"
         torch.backends.cudnn.benchmark = True
 
-    def _seconds(self) -> float:
-        if self._device.type == "cuda":
+    def _now(self) -> float:
+        if self._gpu:
             torch.cuda.synchronize()
-        started = time.perf_counter()
+        return time.perf_counter()
+
+    def _seconds(self) -> float:
+        started = self._now()
         for _ in range(self.steps):
             self._step()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return self._now() - started
 
     def turn(self) -> Found:
         self._choose_arithmetic()
-        if self._device.type == "cuda":
+        others = 0
+        if self._gpu:
             self._step()
             torch.cuda.reset_peak_memory_stats()
-        others = torch.cuda.memory_allocated() - self._held if self._device.type == "cuda" else 0
+            others = torch.cuda.memory_allocated() - self._held
         rate = self.steps * self._train.batch / self._seconds()
-        gpu = self._device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated() - others if gpu else psutil.Process().memory_info().rss
+        memory = torch.cuda.max_memory_allocated() - others if self._gpu else psutil.Process().memory_info().rss
         teraflops = 3 * forward_flops(self._train.backbone) * rate / 1e12
         peak = peak_teraflops(self._device, self._train.precision)
         return {

@@ -120,6 +120,17 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return iterations
 
 
+def run_whole_and_killed(folder: Path, params: Params, seen: list[int]) -> None:
+    """Train into `whole`; and into `models`, killed in iteration 3, from where it goes on after the second."""
+    train.run(folder / "whole", folder / "a", params)
+    seen[:] = [-1]
+    with pytest.raises(Killed):
+        train.run(folder / "models", folder / "b", params)
+    seen.clear()
+    train.run(folder / "models", folder / "b", params)
+    assert seen == [2, 3]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -139,14 +150,7 @@ def test_interrupted_in_other_ways_of_training(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # for the cache
     cached = short.model_copy(update={"machine": short.machine.model_copy(update={"cache": "host"})})
-    params = changed(cached, **changes)
-    train.run(tmp_path / "whole", tmp_path / "a", params)
-    seen[:] = [-1]
-    with pytest.raises(Killed):
-        train.run(tmp_path / "models", tmp_path / "b", params)
-    seen.clear()
-    train.run(tmp_path / "models", tmp_path / "b", params)
-    assert seen == [2, 3]
+    run_whole_and_killed(tmp_path, changed(cached, **changes), seen)
     assert files(tmp_path / "models") == files(tmp_path / "whole")
 
 
@@ -893,13 +897,7 @@ def test_on_a_gpu_it_goes_on_where_it_was(
     params = changed(short, log_every=1)
     machine = short.machine.model_copy(update={"cache": cache})
     params = params.model_copy(update={"machine": machine.model_copy(update={"device": "cuda"})})
-    train.run(tmp_path / "whole", tmp_path / "a", params)
-    seen[:] = [-1]
-    with pytest.raises(Killed):
-        train.run(tmp_path / "models", tmp_path / "b", params)
-    seen.clear()
-    train.run(tmp_path / "models", tmp_path / "b", params)
-    assert seen == [2, 3]
+    run_whole_and_killed(tmp_path, params, seen)
     train.run(tmp_path / "cpu", tmp_path / "c", changed(short, log_every=1))
     losses = {}
     for name in ("whole", "models", "cpu"):
