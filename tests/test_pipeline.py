@@ -152,12 +152,11 @@ def test_shards_verify(project: Path) -> None:
 
 
 def test_a_killed_second_clone_ends_in_the_same_hashes(project: Path, tmp_path: Path) -> None:
-    """kill -9 of everything in the middle of align, then of train; the third go finishes. Up to a set's evaluation."""
+    """kill -9 of everything in the middle of align, then of train; the third go finishes."""
     second = clone(tmp_path / "second")
-    command = ["dvc", "repro", "evaluate@lfw"]
     for sign in ("data/aligned/.train.earlier", "checkpoints/*/iteration-00000008.pt"):
         process = subprocess.Popen(
-            command,
+            ["dvc", "repro"],
             cwd=second,
             env=environment(),
             start_new_session=True,
@@ -171,11 +170,9 @@ def test_a_killed_second_clone_ends_in_the_same_hashes(project: Path, tmp_path: 
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    output = call(second, *command)
+    output = call(second, "dvc", "repro")
     assert "going on from here" in output
-    needed = {name for name in DATA_STAGES if "distractors" not in name}
-    assert lock(second).keys() == needed | {"train", "embed@lfw", "evaluate@lfw"}
-    assert lock(second).items() <= lock(project).items()
+    assert lock(second) == lock(project)
     (kept,) = second.glob("checkpoints/*")  # until another training has ended
     assert max(path.name for path in kept.glob("iteration-????????.pt")) == "iteration-00000024.pt"
 
