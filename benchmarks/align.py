@@ -1,4 +1,4 @@
-"""Alignment beside its peers: `python benchmarks/align.py [--only agreement,speed,...]`.
+"""Alignment beside its peers: `python -m benchmarks.align [--only agreement,speed,...]`.
 
 Sets up the peers in an environment of their own (`--peers`, made on first use, some 3.5 GB), and measures on real
 photographs (`--faces`: lfw.tgz, CASIA-WebFace.zip). Contestants take turns on one core, so that all see the same noise:
@@ -36,8 +36,9 @@ import pyarrow as pa
 import simplejpeg
 import torch
 
+from benchmarks.machine import hardware
 from pipeline import tables
-from pipeline.executor import cores, prepare_worker
+from pipeline.executor import prepare_worker
 from pipeline.params import Align, Detector, Face, Machine, load_params
 from stages import align
 from stages.align import mtcnn
@@ -592,7 +593,7 @@ def main() -> None:
 def keep(section: str, result: dict[str, Any], work: Work) -> None:
     """Put a section into the result file."""
     whole = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    whole["machine"] = {"cores": cores(), "processor": platform.machine()}
+    whole["machine"] = hardware()
     whole["versions"] = {"python": platform.python_version(), "ours": work.ours.versions, "peers": work.peers.versions}
     whole[section] = result
     RESULT.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What alignment is worth: `python benchmarks/align_accuracy.py [--faces ../shared/faces]`.
+"""What alignment is worth: `python -m benchmarks.align_accuracy [--faces ../shared/faces]`.
 
 Trains the default recipe, with 900 iterations, on the photographs of `CASIA-WebFace.zip`, then measures that model on
 LFW's pairs (`lfw.tgz`, `pairs.txt`) whose faces were aligned in other ways: with landmarks rounded to whole pixels, or
@@ -21,8 +21,9 @@ import numpy as np
 import pyarrow as pa
 import simplejpeg
 
+from benchmarks.machine import hardware
 from pipeline import tables
-from pipeline.executor import choose_device, cores
+from pipeline.executor import choose_device
 from pipeline.params import Archive, Params, load_params
 from pipeline.progress import configure_logging
 from pipeline.tracking import NoRun
@@ -98,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         rows = measure(settings(faces, Path(name)), Path(name))
     result = {
-        "machine": {"cores": cores(), "processor": platform.machine()},
+        "machine": hardware(),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "numpy", "opencv-python-headless", "simplejpeg")},
         "training": {"iterations": ITERATIONS, "milestones": MILESTONES, "photographs": 10_800},

@@ -1,4 +1,4 @@
-"""Alignment on a GPU: `python benchmarks/align_gpu.py [--faces ../shared/faces]`.
+"""Alignment on a GPU: `python -m benchmarks.align_gpu [--faces ../shared/faces]`.
 
 Whether a GPU finds the same faces as the CPU; how many photographs a second one process aligns on either, and what the
 GPU's process spends its time on; and the whole stage, with several workers that share the GPU and with one on each
@@ -7,7 +7,6 @@ core. Photographs are those of lfw.tgz, repeated as needed. The result goes to b
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import tempfile
@@ -21,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.align import aligned, compared, first, lfw_photographs, machine, nearest_faces, settings, write_raw
+from benchmarks.machine import hardware, result_of
 from pipeline import tables
 from pipeline.executor import cores, prepare_worker
 from stages import align
@@ -90,14 +90,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8], help="that share the GPU")
     arguments = parser.parse_args()
     prepare_worker(1)
-    name = torch.cuda.get_device_name()
     result: dict[str, Any] = {
-        "machine": {"cores": cores(), "processor": platform.machine(), "gpu": name},
+        "machine": hardware(),
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
     }
     photographs = list(lfw_photographs(arguments.faces / "lfw.tgz").values())
     contents = [photographs[i % len(photographs)] for i in range(arguments.images)]
-    path = ROOT / "benchmarks" / "results" / f"align-{name.lower().replace(' ', '-')}.json"
+    path = result_of("align")
 
     def keep(key: str, value: Any) -> None:
         result[key] = value

@@ -1,4 +1,4 @@
-"""How the recipe `cosface-casia` begins, with and without warm-up and clipping: `python benchmarks/beginning.py`.
+"""How the recipe `cosface-casia` begins, with and without warm-up and clipping: `python -m benchmarks.beginning`.
 
 Its network has no batch normalisation. A smaller one of its kind (sphere20) learns real faces (`--aligned`: a folder of
 the aligned table) by its head and arithmetic; the rate is as much of the recipe's as `--batch` is of its 512, and the
@@ -8,7 +8,6 @@ warm-up, where there is one, of 200 iterations. The result goes to benchmarks/re
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 import simplejpeg
 import torch
 
+from benchmarks.machine import hardware
 from pipeline import tables
 from pipeline.cli import RECIPES
 from pipeline.executor import cores, keep_memory
@@ -104,7 +104,7 @@ def main() -> None:
     with ThreadPoolExecutor(cores()) as pool:
         rows = dict(zip(CONTESTANTS, pool.map(run, CONTESTANTS), strict=True))
     result = {
-        "machine": {"cores": cores(), "processor": platform.processor() or platform.machine()},
+        "machine": hardware(),
         "versions": {"torch": torch.__version__},
         "backbone": "sphere20",
         "batch": arguments.batch,

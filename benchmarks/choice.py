@@ -1,16 +1,15 @@
-"""Choosing a recipe without a test set: `python benchmarks/choice.py --recipe FILE --name NAME`.
+"""Choosing a recipe without a test set: `python -m benchmarks.choice --recipe FILE --name NAME`.
 
 Trains a recipe, with some values of its section train changed (`--change batch=64 augment.crop=0.6`), on the
 photographs (`--faces`: CASIA-WebFace.zip) of all but 12 % of the people, and tells how well it verifies those 12 %: by
 cosines of the concatenated embeddings of a face and its mirror image, over all pairs of their photographs, after each
 third of the training. LFW has no part in it.
 
-Each trial is kept in benchmarks/results/choice.json under its name.
+Each trial is kept in benchmarks/results/choice-<cpu or the GPU's name>.json under its name.
 """
 
 import argparse
 import json
-import platform
 import shutil
 import tempfile
 import time
@@ -23,19 +22,20 @@ import torch
 from ruamel.yaml import YAML
 
 from benchmarks.learning import ROOT, distinctive, prepare, settings
+from benchmarks.machine import hardware, result_of
 from pipeline import tables
-from pipeline.executor import choose_device, cores, keep_memory
+from pipeline.executor import choose_device, keep_memory
 from pipeline.params import Params
 from pipeline.progress import configure_logging
 from stages.evaluate.scoring import unit
 from stages.evaluate.verification import threshold_at
 from stages.shard.reader import Shards
 from stages.train.checkpoint import Checkpoints
-from stages.train.loader import Loader, validation_batches
+from stages.train.loader import Loader, loader_processes, validation_batches
 from stages.train.loop import Training, begin, train
 from stages.train.validation import auc
 
-RESULT = ROOT / "benchmarks" / "results" / "choice.json"
+RESULT = result_of("choice")
 SHARE = 0.12
 FAR = 0.01
 
@@ -94,7 +94,9 @@ def tried(params: Params, work: Path) -> dict[str, Any]:
     people = np.count_nonzero(shards.identities()["train"].to_numpy())
     training = begin(params.train, int(people), device)
     split, face = shards.split("train"), shards.index.face
-    loader = Loader(split, face, params.train, device, cache=params.machine.cache, cache_folder=work / "decoded")
+    processes = loader_processes(params.machine, params.train, device, 1)
+    cache, decoded = params.machine.cache, work / "decoded"
+    loader = Loader(split, face, params.train, device, cache=cache, processes=processes, cache_folder=decoded)
     loader.load_state_dict({"iteration": 0})
     verification = AllPairs(shards, params)
     checkpoints = Checkpoints(work / "checkpoints", params.model_dump(mode="json"), kept=1)
@@ -134,7 +136,7 @@ def main() -> None:
     trial = tried(params, arguments.work.resolve())
     with tables.locked(arguments.work / "choice"):
         whole = json.loads(RESULT.read_text()) if RESULT.exists() else {"trials": {}}
-        whole["machine"] = {"cores": cores(), "processor": platform.processor() or platform.machine()}
+        whole["machine"] = hardware()
         whole["versions"] = {"torch": version("torch")}
         whole["trials"][arguments.name] = trial
         with tables.atomic(RESULT) as path:

@@ -1,4 +1,4 @@
-"""Evaluation measured: `python benchmarks/evaluate.py [--only SECTION ...]`.
+"""Evaluation measured: `python -m benchmarks.evaluate [--only SECTION ...]`.
 
 scoring: 6,000 pairs of LFW's shape with the full bootstrap, beside the same by lists that repeat their pairs.
 coverage: how often 95 % intervals of a TAR have the truth, by how many of 100 different pairs its FAR accepts.
@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.machine import hardware
 from pipeline import tables
-from pipeline.executor import cores
 from pipeline.params import Synthetic, load_params
 from stages import align, download
 from stages.evaluate import uncertainty
@@ -246,7 +246,7 @@ def main() -> None:
     for name in parser.parse_args().only:
         result[name] = SECTIONS[name]()
         print(name, json.dumps(result[name], indent=2), flush=True)
-    result["machine"] = {"cores": cores(), "processor": platform.processor() or platform.machine()}
+    result["machine"] = hardware()
     result["versions"] = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""Whether a GPU waits for data: `python benchmarks/feed.py [--faces ../shared/faces]`.
+"""Whether a GPU waits for data: `python -m benchmarks.feed [--faces ../shared/faces]`.
 
 Trains by recipe ir50-modern on real photographs (`CASIA-WebFace.zip`), through the loop and the loader as the stage
 does, with each cache and with two augmentations: the paper's flip, and the recipe's. Told are images/s, the share of
@@ -8,7 +8,6 @@ already. Losses are finite, or the loop would have stopped. The result goes to b
 
 import argparse
 import json
-import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -20,8 +19,9 @@ import numpy as np
 import torch
 
 from benchmarks.learning import ROOT, prepare, settings
+from benchmarks.machine import hardware, result_of
 from pipeline import tables
-from pipeline.executor import choose_device, cores, keep_memory
+from pipeline.executor import choose_device, keep_memory
 from pipeline.params import Train, load_params
 from stages.shard.reader import Shards
 from stages.train import loop
@@ -82,16 +82,14 @@ def main() -> None:
             found["of_the_step_alone"] = round(found["images_per_second"] / alone, 3)
             rows.append({"augmentation": name, "cache": cache, "processes": processes} | found)
             print(json.dumps(rows[-1]), flush=True)
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     result = {
-        "machine": {"cores": cores(), "processor": platform.processor() or platform.machine(), "gpu": gpu},
+        "machine": hardware(),
         "versions": {"torch": torch.__version__},
         "batch": arguments.batch,
         "step_alone_images_per_second": alone,
         "rows": rows,
     }
-    kind = gpu.lower().replace(" ", "-") if gpu else "cpu"
-    with tables.atomic(ROOT / "benchmarks" / "results" / f"feed-{kind}.json") as path:
+    with tables.atomic(result_of("feed")) as path:
         path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
 

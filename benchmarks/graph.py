@@ -1,4 +1,4 @@
-"""How long each stage of the graph takes, and how much memory: `python benchmarks/graph.py NAME`.
+"""How long each stage of the graph takes, and how much memory: `python -m benchmarks.graph NAME`.
 
 Runs every stage of this folder's params.yaml anew, one after the other by `dvc repro --single-item --force`, and keeps
 the result as benchmarks/results/graph-NAME.json. Seconds are wall-clock and include DVC's hashing; memory is the
@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.executor import cores
+from benchmarks.machine import hardware
 from pipeline.flow import stages
 
 RESULTS = Path(__file__).parent / "results"
@@ -73,11 +73,7 @@ def main() -> None:
     name = parser.parse_args().name
     rows = [measure(stage) for stage in stages(Path.cwd())]
     result = {
-        "machine": {
-            "cores": cores(),
-            "processor": platform.machine(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        },
+        "machine": hardware() | {"memory_gib": round(psutil.virtual_memory().total / 2**30)},
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "stages": rows,
         "total_seconds": round(sum(row["seconds"] for row in rows), 1),

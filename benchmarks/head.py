@@ -1,4 +1,4 @@
-"""The head beside its peers: `python benchmarks/head.py [--peers FOLDER]`.
+"""The head beside its peers: `python -m benchmarks.head [--peers FOLDER]`.
 
 Forward and backward of LMCL at batch 512, 512 dimensions, for 10,575 classes (CASIA-WebFace's), 93,431 (MS1MV3's) and a
 million: ours; the bare matrix products, which are the floor; the one-hot formulation; an indexed subtraction with
@@ -10,7 +10,6 @@ benchmarks/results/head-<cpu or the GPU's name>.json.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -21,11 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.learning import peers_python
-from pipeline.executor import cores
+from benchmarks.machine import GPU, hardware, result_of
 
 ROOT = Path(__file__).parents[1]
-GPU = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-RESULT = ROOT / "benchmarks" / "results" / f"head-{GPU.lower().replace(' ', '-') if GPU else 'cpu'}.json"
 PEERS = ("bare products", "one-hot", "index", "pytorch-metric-learning")
 STEPS = {10_575: 8, 93_431: 4, 1_000_000: 2} if GPU is None else {10_575: 200, 93_431: 50, 1_000_000: 10}
 ROUNDS = 5 if GPU is None else 3
@@ -82,7 +79,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir()) / "cosface-head-peers")
     python = peers_python(parser.parse_args().peers.resolve())
     result: dict[str, Any] = {
-        "machine": {"cores": cores(), "processor": platform.processor() or platform.machine(), "gpu": GPU},
+        "machine": hardware(),
         "batch": 512,
         "embedding": 512,
         "versions": {"torch": torch.__version__},
@@ -94,7 +91,7 @@ def main() -> None:
         if "pytorch-metric-learning" in rounds:
             result["versions"]["pytorch-metric-learning"] = rounds["pytorch-metric-learning"][0]["version"]
         print(classes, json.dumps(result["classes"][str(classes)], indent=1), flush=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    result_of("head").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

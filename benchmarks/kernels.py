@@ -1,19 +1,23 @@
-"""Where a training step's time goes on a GPU: `python benchmarks/kernels.py --step "ours bf16 compiled"`.
+"""Where a training step's time goes on a GPU: `python -m benchmarks.kernels --step "ours bf16 compiled"`.
 
 A step of benchmarks/train.py, by torch's profiler: milliseconds of its kernels by kind and by name, how many are
-launched, and the rate without the profiler. The result goes to benchmarks/results/kernels-<GPU>.json, under the
+launched, and the rate without the profiler; and what the GPU does at most: a matrix product in bf16, and a copy within
+its memory. The result goes to benchmarks/results/kernels-<GPU>.json, under the
 backbone, the batch and the step.
 """
 
 import argparse
 import json
+import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.train import RESULTS, Contestant
+from benchmarks.machine import result_of
+from benchmarks.train import Contestant
 from pipeline import tables
 from pipeline.executor import keep_memory
 
@@ -31,6 +35,29 @@ def kind(name: str) -> str:
     if low.startswith("triton"):
         return next(key for key, words in reversed(KINDS.items()) if low.startswith(words))
     return next((key for key, words in KINDS.items() if any(word in low for word in words)), "others")
+
+
+def limits() -> dict[str, float]:
+    """Of a product of random 8192×8192 matrices, and of copying 8 GB (bytes read and written)."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(2**33, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+
+    def seconds(work: Callable[[], object]) -> float:
+        for _ in range(3):
+            work()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(10):
+            work()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - started) / 10
+
+    product, copy = seconds(lambda: a @ b), seconds(lambda: target.copy_(source))
+    return {
+        "product_teraflops": round(2 * 8192**3 / product / 1e12),
+        "copy_terabytes_per_second": round(2 * 2**33 / copy / 1e12, 2),
+    }
 
 
 def main() -> None:
@@ -54,13 +81,14 @@ def main() -> None:
             kinds[kind(event.name)] += event.device_time_total / 1000 / each
     found: dict[str, Any] = {
         "torch": torch.__version__,
+        "limits": limits(),
         "images_per_second": round(turn["images_per_second"] or 0),
         "ms_of_a_step": round(1000 * arguments.batch / (turn["images_per_second"] or 1), 2),
         "ms_of_kernels": {name: round(ms, 2) for name, ms in kinds.most_common()},
         "longest": {name[:120]: round(ms, 3) for name, ms in time.most_common(25)},
     }
     print(json.dumps(found, indent=1))
-    path = RESULTS / f"kernels-{torch.cuda.get_device_name().lower().replace(' ', '-')}.json"
+    path = result_of("kernels")
     whole = json.loads(path.read_text()) if path.exists() else {}
     whole[f"{arguments.backbone}, batch {arguments.batch}, {arguments.step}"] = found
     with tables.atomic(path) as temporary:

@@ -1,4 +1,4 @@
-"""Learning on real faces: `python benchmarks/learning.py [--faces ../shared/faces]`.
+"""Learning on real faces: `python -m benchmarks.learning [--faces ../shared/faces]`.
 
 Every head trains the same network on the same photographs (`CASIA-WebFace.zip`) for as many iterations, from three
 seeds each, and so does pytorch-metric-learning's CosFaceLoss in place of our head; then IR-18 at quarter width as a
@@ -6,13 +6,12 @@ plain loop outside of this project had trained it. Measured on the pairs of LFW 
 iteration's model. With `--recipe FILE --name NAME`, another recipe instead: a params.yaml whose `download` is replaced.
 
 Each run is a process of its own, and what it finds is kept in the folder `--work`: started again, the benchmark goes on
-where it was. The result, of all runs there, goes to benchmarks/results/learning.json.
+where it was. The result, of all runs there, goes to benchmarks/results/learning-<cpu or the GPU's name>.json.
 """
 
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -29,8 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.machine import hardware, result_of
 from pipeline import tables
-from pipeline.executor import choose_device, cores, keep_memory
+from pipeline.executor import choose_device, keep_memory
 from pipeline.params import NOTHING_LOCAL, Params, flatten, load_params
 from pipeline.progress import configure_logging
 from pipeline.tracking import NoRun
@@ -39,13 +39,13 @@ from stages.evaluate.features import embed_set
 from stages.evaluate.models import load_embedder
 from stages.shard.reader import Shards
 from stages.train.checkpoint import Checkpoints
-from stages.train.loader import Loader
+from stages.train.loader import Loader, loader_processes
 from stages.train.loop import begin, train
 from stages.train.model import save_model
 from stages.train.validation import ByIdentity, ByImage
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "learning.json"
+RESULT = result_of("learning")
 PEER = "pytorch-metric-learning"
 PINNED = f"{PEER}==2.9.0"
 
@@ -154,7 +154,9 @@ def run(name: str, params: Params, work: Path, out: Path) -> None:
         training.restore(found)
     split, face = shards.split("train"), shards.index.face
     started, computed = time.perf_counter(), time.process_time()
-    loader = Loader(split, face, params.train, device, cache=params.machine.cache, cache_folder=work / "decoded")
+    processes = loader_processes(params.machine, params.train, device, 1)
+    cache, decoded = params.machine.cache, work / "decoded"
+    loader = Loader(split, face, params.train, device, cache=cache, processes=processes, cache_folder=decoded)
     loader.load_state_dict({"iteration": done})
     validation = (ByImage if shards.val_pairs() is None else ByIdentity)(shards, params.train)
     train(params.train, params.machine, loader, validation, training, done, device, checkpoints, lambda *_: None)
@@ -233,7 +235,7 @@ def record(work: Path) -> dict[str, Any]:
             pairs = [(row["lfw"], theirs[row["seed"]]) for row in ours["runs"] if row["seed"] in theirs]
             differences[name] = spread([a - b for a, b in pairs]) | {"seeds": len(pairs)}
     result = {
-        "machine": {"cores": cores(), "processor": platform.processor() or platform.machine()},
+        "machine": hardware(),
         "versions": {"torch": version("torch"), PEER: PINNED.partition("==")[2]},
         "contestants": contestants,
         "lfw_of_cosface_less_that_of": differences,

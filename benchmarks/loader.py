@@ -1,4 +1,4 @@
-"""Shards and their loader beside peers: `python benchmarks/loader.py`, or some sections by `--only reading,augmenting`.
+"""Shards and their loader beside peers: `python -m benchmarks.loader`, or some sections by `--only reading,augmenting`.
 
 Aligns real photographs (`--faces`: CASIA-WebFace.zip) or takes a folder of the aligned table (`--aligned`), sets up
 the peers in an environment of their own (`--peers`, made on first use), and lets contestants take turns, so that all
@@ -30,8 +30,9 @@ import pyarrow as pa
 import simplejpeg
 import torch
 
+from benchmarks.machine import hardware
 from pipeline import tables
-from pipeline.executor import cores, keep_memory
+from pipeline.executor import keep_memory
 from pipeline.params import Params, Shard, Train, load_params
 from stages import shard
 from stages.shard import writer
@@ -436,7 +437,7 @@ def align_training(faces: Path, work: Path) -> Path:
 def keep(name: str, result: dict[str, Any]) -> None:
     content = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     content |= {
-        "machine": {"cores": cores(), "processor": platform.machine()},
+        "machine": hardware(),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         name: result,
     }

@@ -1,4 +1,4 @@
-"""A published model through our scoring: `python benchmarks/published.py [--faces FOLDER] [--jitters 10]`.
+"""A published model through our scoring: `python -m benchmarks.published [--faces FOLDER] [--jitters 10]`.
 
 dlib's face-recognition ResNet (weights from face_recognition_models, run by dlib-bin in an environment of its own, made
 on first use) on the LFW pairs of `--faces` (lfw.tgz, pairs.txt), with faces cut by dlib or by our own alignment, scored

@@ -1,10 +1,11 @@
-"""The training step beside a reference: `python benchmarks/train.py`.
+"""The training step beside a reference: `python -m benchmarks.train`.
 
 Images/s, memory and, on a GPU, utilisation of its peak (MFU), of iresnet50 and sphere64 with LMCL over 10,575 classes:
 our step in several precisions, eager and compiled, and a reference step as public repositories write it: the same
 network in torch's default memory format, float images, margin subtracted from the logits, cross_entropy, gradients
 clipped, the loss read every step; in fp32 and by autocast, in fp16 with a scaled loss. Random images of
-CASIA-WebFace's shape, already on the device for both; cuDNN tries its algorithms for both. Contestants take turns, on a
+CASIA-WebFace's shape, already on the device for both; cuDNN tries its algorithms for both, but for fp32 and tf32 on a
+GPU, where that takes minutes. Contestants take turns, on a
 GPU in one process, on a CPU each in one of its own; ratios are those of a round. The result goes to
 benchmarks/results/train-<cpu or the GPU's name>.json, in place of what is there of the same steps.
 """
@@ -12,7 +13,6 @@ benchmarks/results/train-<cpu or the GPU's name>.json, in place of what is there
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,21 +26,21 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
+from benchmarks.machine import hardware, result_of
 from pipeline import tables
-from pipeline.executor import choose_device, cores, keep_memory
+from pipeline.executor import choose_device, keep_memory
 from pipeline.params import Train, load_params
 from stages.train import loop
 from stages.train.backbones import build_backbone, forward_flops
 from stages.train.meter import peak_teraflops
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 CLASSES = 10_575
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ON_CPU = ["reference fp32", "reference bf16", "ours fp32", "ours fp32 compiled", "ours bf16", "ours bf16 compiled"]
 HALVES = ["reference fp16", "reference bf16", "ours bf16", "ours bf16 compiled"]
 WHOLES = ["reference fp32", "ours fp32", "ours tf32"]
-"""On a GPU; these at the paper's batch alone, and last: cuDNN tries slow algorithms for minutes."""
+"""On a GPU; these at the paper's batch alone, and last."""
 TURN = 0.7
 """Seconds of a GPU that a turn lasts, about."""
 Step = Callable[[], None]
@@ -97,9 +97,9 @@ class Contestant:
         name, precision, *compiled = key.split()
         self._train, self._device = section(backbone, batch, precision, bool(compiled)), device
         self._gpu = device.type == "cuda"
-        self._choose_arithmetic()
         before = torch.cuda.memory_allocated() if self._gpu else 0
         self._step = (ours if name == "ours" else reference)(self._train, device)
+        self._choose_arithmetic()
         for _ in range(3 if self._gpu else 1):
             self._step()
         self.steps = 1
@@ -109,7 +109,7 @@ class Contestant:
 
     def _choose_arithmetic(self) -> None:
         torch.backends.cudnn.allow_tf32 = self._train.precision == "tf32"
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not self._gpu or self._train.precision in AUTOCAST
 
     def _now(self) -> float:
         if self._gpu:
@@ -217,8 +217,7 @@ def main() -> None:
         "--backbones", nargs="+", default=["iresnet50", "sphere64"] if gpu else ["small", "iresnet50", "sphere64"]
     )
     parser.add_argument("--steps-of", nargs="+", metavar="STEP", help="some of the steps, such as 'ours bf16 compiled'")
-    kind = torch.cuda.get_device_name().lower().replace(" ", "-") if gpu else "cpu"
-    parser.add_argument("--out", type=Path, default=RESULTS / f"train-{kind}.json")
+    parser.add_argument("--out", type=Path, default=result_of("train"))
     arguments = parser.parse_args()
     plan = [(HALVES, arguments.batches), (WHOLES, [512])] if gpu else [(ON_CPU, arguments.batches)]
     if arguments.steps_of:
@@ -226,11 +225,7 @@ def main() -> None:
     earlier = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
     rows = {(row["backbone"], row["batch"], row["step"]): row for row in earlier}
     result = {
-        "machine": {
-            "cores": cores(),
-            "processor": platform.processor() or platform.machine(),
-            "gpu": torch.cuda.get_device_name() if gpu else None,
-        },
+        "machine": hardware(),
         "versions": {"torch": torch.__version__},
     }
     for keys, backbone, images in (
