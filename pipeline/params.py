@@ -33,6 +33,8 @@ _SHOWN = 60
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+_LIST = Field(strict=False)
+"""YAML has no tuples."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -41,9 +43,9 @@ class ParamsError(InputError):
 
 
 class Section(BaseModel):
-    """A section of params.yaml: frozen, complete, and without unknown keys."""
+    """A section of params.yaml: frozen, complete, without unknown keys, and numbers are not written as text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class Synthetic(Section):
@@ -178,9 +180,9 @@ class Detector(Section):
     """The same as a share of the photograph's shorter side; the larger of both holds."""
     factor: Annotated[float, Field(gt=0, le=0.95)]
     """Ratio of neighbouring pyramid scales."""
-    thresholds: tuple[Share, Share, Share]
+    thresholds: Annotated[tuple[Share, Share, Share], _LIST]
     """Face probability above which P-, R- and O-Net keep a candidate."""
-    overlaps: tuple[Share, Share, Share, Share]
+    overlaps: Annotated[tuple[Share, Share, Share, Share], _LIST]
     """Largest overlap that non-maximum suppression leaves: within a scale, between scales and after R-Net as
     intersection over union, after O-Net as intersection over the smaller area."""
     max_side: Annotated[int, Field(ge=112)]

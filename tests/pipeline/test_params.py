@@ -84,6 +84,11 @@ def test_secrets_of_addresses_are_not_recorded(tmp_path: Path) -> None:
 
 WRONG: list[tuple[str, Any, str]] = [
     ("train.head.margin", -1, r"train\.head\.margin: .*greater than or equal to 0, not -1"),
+    ("train.head.scale", "64", r"train\.head\.scale: .*valid number, not '64'"),
+    ("train.batch", 16.0, r"train\.batch: .*valid integer, not 16\.0"),
+    ("train.batch", True, r"train\.batch: .*valid integer, not True"),
+    ("train.compile", 1, r"train\.compile: .*valid boolean, not 1"),
+    ("align.detector.thresholds", [0.6, "0.7", 0.7], r"align\.detector\.thresholds\.1: .*valid number, not '0\.7'"),
     ("train.head.margn", 0.35, r"train\.head\.margn: unknown key \(its value is 0\.35\)"),
     ("train.backbone.name", "vgg", r"train\.backbone\.name: .*'mobilefacenet' or 'small', not 'vgg'"),
     ("train.schedule.milestones", [300, 200], r"^  train\.schedule\.milestones: must increase, not \[300, 200\]$"),
