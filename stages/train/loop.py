@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -104,6 +105,16 @@ class Training:
     def outcome(self) -> FaceModel:
         """What is judged, and what becomes of the training."""
         return self.mean or self.model
+
+    @cached_property
+    def followed(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """What of the mean follows what of the model: weights and running statistics; and how many batches those have
+        seen, in which both are the same."""
+        assert self.mean
+        means, values = (list(model.state_dict().values()) for model in (self.mean, self.model))
+        pairs = list(zip(means, values, strict=True))
+        kinds = [[pair for pair in pairs if pair[1].is_floating_point() == number] for number in (True, False)]
+        return [([mean for mean, _ in kind], [value for _, value in kind]) for kind in kinds]
 
     def settle(self) -> None:
         """In the end: the mean of the centres, where there is one, takes their place."""
@@ -416,12 +427,10 @@ def _average(training: Training, params: Train, iteration: int) -> None:
     if training.mean is None or training.mean_centres is None or params.average is None:
         return
     share = max(1 - params.average, 1 / (iteration + 1))
-    means, values = (list(model.state_dict().values()) for model in (training.mean, training.model))
-    numbers = [i for i, value in enumerate(values) if value.is_floating_point()]
-    torch._foreach_lerp_([means[i] for i in numbers], [values[i] for i in numbers], share)
-    for mean, value in zip(means, values, strict=True):
-        if not value.is_floating_point():  # how many batches the statistics have seen
-            mean.copy_(value)
+    numbers, counts = training.followed
+    torch._foreach_lerp_(*numbers, share)
+    if counts[0]:  # none without batch normalisation
+        torch._foreach_copy_(*counts)
     training.mean_centres.lerp_(training.head.weight, share)
 
 
