@@ -71,7 +71,14 @@ def main() -> None:
     some = opened(modern, "none")
     with closing(iter(some)) as batches:
         alone = [measured(repeat(next(batches)), some) for _ in range(2)][-1]["images_per_second"]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {
+        "machine": hardware(),
+        "versions": {"torch": torch.__version__},
+        "batch": arguments.batch,
+        "step_alone_images_per_second": alone,
+        "rows": rows,
+    }
     for name, chosen in (("flip", augment.model_copy(update=FLIP)), ("recipe's", augment)):
         train = modern.model_copy(update={"augment": chosen})
         processes = loader_processes(recipe.machine, train, device, 1)
@@ -82,16 +89,8 @@ def main() -> None:
             found["of_the_step_alone"] = round(found["images_per_second"] / alone, 3)
             rows.append({"augmentation": name, "cache": cache, "processes": processes} | found)
             print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "machine": hardware(),
-        "versions": {"torch": torch.__version__},
-        "batch": arguments.batch,
-        "step_alone_images_per_second": alone,
-        "rows": rows,
-    }
-    with tables.atomic(result_of("feed")) as path:
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+            with tables.atomic(result_of("feed")) as path:
+                path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def main() -> None:
         if "pytorch-metric-learning" in rounds:
             result["versions"]["pytorch-metric-learning"] = rounds["pytorch-metric-learning"][0]["version"]
         print(classes, json.dumps(result["classes"][str(classes)], indent=1), flush=True)
-    result_of("head").write_text(json.dumps(result, indent=2) + "\n")
+        result_of("head").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
