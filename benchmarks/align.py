@@ -40,8 +40,8 @@ from benchmarks.machine import hardware
 from pipeline import tables
 from pipeline.executor import prepare_worker
 from pipeline.params import Align, Detector, Face, Machine, load_params
-from stages import align
 from stages.align import mtcnn
+from stages.align import run as align
 from stages.align.decode import decode
 from stages.align.warp import similarity, warp
 

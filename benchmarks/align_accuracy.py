@@ -27,11 +27,15 @@ from pipeline.executor import choose_device
 from pipeline.params import Archive, Params, load_params
 from pipeline.progress import configure_logging
 from pipeline.tracking import NoRun
-from stages import align, download, evaluate, shard, train
+from stages.align import run as align
 from stages.align.decode import decode
 from stages.align.warp import similarity, warp
-from stages.evaluate.features import embed_set
+from stages.download import run as download
+from stages.evaluate import run as evaluate
+from stages.evaluate.embed import embed_set
 from stages.evaluate.models import load_embedder
+from stages.shard import run as shard
+from stages.train import run as train
 
 ROOT = Path(__file__).parents[1]
 ITERATIONS, MILESTONES = 900, [550, 780]

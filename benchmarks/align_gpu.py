@@ -23,8 +23,8 @@ from benchmarks.align import aligned, compared, first, lfw_photographs, machine,
 from benchmarks.machine import hardware, result_of
 from pipeline import tables
 from pipeline.executor import cores, prepare_worker
-from stages import align
 from stages.align import mtcnn
+from stages.align import run as align
 from stages.align.decode import decode
 
 ROOT = Path(__file__).parents[1]

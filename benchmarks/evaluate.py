@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 from benchmarks.machine import hardware
 from pipeline import tables
 from pipeline.params import Synthetic, load_params
-from stages import align, download
+from stages.align import run as align
+from stages.download import run as download
 from stages.evaluate import uncertainty
-from stages.evaluate.features import embed_set
+from stages.evaluate.embed import embed_set
 from stages.evaluate.identification import identify
 from stages.evaluate.models import load_embedder
 from stages.evaluate.uncertainty import REPLICATES

@@ -34,9 +34,12 @@ from pipeline.executor import choose_device, keep_memory
 from pipeline.params import NOTHING_LOCAL, Params, flatten, load_params
 from pipeline.progress import configure_logging
 from pipeline.tracking import NoRun
-from stages import align, download, evaluate, shard
-from stages.evaluate.features import embed_set
+from stages.align import run as align
+from stages.download import run as download
+from stages.evaluate import run as evaluate
+from stages.evaluate.embed import embed_set
 from stages.evaluate.models import load_embedder
+from stages.shard import run as shard
 from stages.shard.reader import Shards
 from stages.train.checkpoint import Checkpoints
 from stages.train.loader import Loader, loader_processes

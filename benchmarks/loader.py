@@ -34,7 +34,7 @@ from benchmarks.machine import hardware
 from pipeline import tables
 from pipeline.executor import keep_memory
 from pipeline.params import Params, Shard, Train, load_params
-from stages import shard
+from stages.shard import run as shard
 from stages.shard import writer
 from stages.shard.hashes import hash_part, near_pairs
 from stages.shard.reader import Shards
@@ -424,7 +424,8 @@ def main() -> None:
 def align_training(faces: Path, work: Path) -> Path:
     """The aligned table of the real photographs."""
     from pipeline.params import Archive
-    from stages import align, download
+    from stages.align import run as align
+    from stages.download import run as download
 
     params = load_params(ROOT / "params.yaml")
     location = str(faces / "CASIA-WebFace.zip")

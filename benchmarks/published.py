@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 from pipeline import tables
 from pipeline.params import Archive, Params, load_params
 from pipeline.progress import configure_logging
-from stages import align, download
+from stages.align import run as align
 from stages.align.decode import decode
 from stages.align.warp import similarity
+from stages.download import run as download
 from stages.download.protocols import read_pairs
 from stages.evaluate import comparison, foreign, scoring, uncertainty
 from stages.evaluate.verification import Metrics, Verification

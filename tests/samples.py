@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipeline.params import Augment, Face, Shard
 from pipeline.tables import ALIGNED, part_path, write_table
-from stages import shard
+from stages.shard import run as shard
 from tests.work import HERE
 
 ROOT = Path(__file__).parents[1]

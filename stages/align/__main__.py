@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.entry import stage
 from pipeline.params import SETS, Params
-from stages.align import run
+from stages.align.run import run
 
 
 def main(params: Params, name: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from pipeline import tracking
 from pipeline.entry import stage
 from pipeline.params import PAIRED, Params
-from stages.evaluate import Trained, run
+from stages.evaluate.run import Trained, run
 
 
 def main(params: Params, name: str) -> None:

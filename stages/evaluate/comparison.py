@@ -10,8 +10,7 @@ import numpy as np
 
 from pipeline.params import Evaluate, Params
 from pipeline.tracking import download
-from stages.evaluate.extra import NAME
-from stages.evaluate.scoring import Scored, rounded
+from stages.evaluate.scoring import EXTRA, Scored, rounded
 from stages.evaluate.uncertainty import Comparison, compare
 from stages.evaluate.verification import EvaluationError
 
@@ -54,7 +53,7 @@ def stored_scores(path: Path) -> dict[str, Path]:
     if (path / FILE).exists():
         return {_protocol(path / FILE): path / FILE}
     found = {
-        _protocol(file): file for pattern in ("*", NAME.format("*")) for file in sorted(path.glob(f"{pattern}/{FILE}"))
+        _protocol(file): file for pattern in ("*", EXTRA.format("*")) for file in sorted(path.glob(f"{pattern}/{FILE}"))
     }
     if not found:
         raise EvaluationError(f"{path}: neither {FILE} nor folders with one; `dvc repro evaluate` makes reports/<set>")
@@ -64,7 +63,7 @@ def stored_scores(path: Path) -> dict[str, Path]:
 def _protocol(file: Path) -> str:
     """Whose scores a file holds, by the folder that it lies in."""
     folder = file.resolve().parent
-    name = NAME.format(folder.name)
+    name = EXTRA.format(folder.name)
     return name if folder.as_posix().endswith(f"/{name}") else folder.name
 
 

@@ -24,13 +24,15 @@ from pipeline.tables import atomic
 from pipeline.tracking import NoRun, training_run_of
 from stages.align.decode import UnreadableImage, decode
 from stages.download.protocols import Pair
-from stages.evaluate import RESULTS, Trained, measure, scoring, uncertainty
-from stages.evaluate.features import Block, embed
+from stages.evaluate import scoring, uncertainty
+from stages.evaluate.embed import embed
+from stages.evaluate.features import Block
 from stages.evaluate.foreign import read_csv
 from stages.evaluate.leaks import check_leaks
 from stages.evaluate.models import Embedder, load_embedder
 from stages.evaluate.photographs import align_files
-from stages.evaluate.scoring import Options, Scored
+from stages.evaluate.run import RESULTS, Trained, measure
+from stages.evaluate.scoring import EXTRA, Options, Scored
 from stages.evaluate.verification import EvaluationError
 from stages.train.faces import FaceError, middle
 
@@ -40,8 +42,6 @@ SUFFIXES = (".bin", ".csv")
 """Of sets, in any case."""
 FOLDS = 10
 """Of a .bin: equal parts, in order."""
-NAME = "extra/{}"
-"""What a set is called beside those of the project, whatever its file is called: extra/lfw is not lfw."""
 _DAMAGE = (
     pickle.UnpicklingError,
     AttributeError,
@@ -98,7 +98,7 @@ def _evaluate(path: Path, model: Embedder, trained: Trained | None, out: Path, p
         pairs = read_csv(path)
         leaked = _leaked(path, pairs, trained, params)
         scored, undetected = _csv(path, pairs, model, params)
-    options, name = Options(params.evaluate.flip, params.evaluate.centre), NAME.format(path.stem)
+    options, name = Options(params.evaluate.flip, params.evaluate.centre), EXTRA.format(path.stem)
     measure(scored, options, model.digest, out, params.evaluate, tracker, name, undetected, leaked)
 
 

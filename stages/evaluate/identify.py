@@ -19,10 +19,11 @@ from pipeline.executor import choose_device, enough_gpu_memory
 from pipeline.pages import save_png
 from pipeline.params import Evaluate, Params
 from pipeline.tracking import NoRun, training_run_of
-from stages.evaluate import Trained, features, figures, scoring
+from stages.evaluate import features, figures, scoring
 from stages.evaluate.identification import RANKS, Identification, identify
 from stages.evaluate.leaks import check_leaks
 from stages.evaluate.noise import without_noise
+from stages.evaluate.run import Trained
 from stages.evaluate.uncertainty import unbounded
 from stages.evaluate.verification import EvaluationError
 

@@ -25,11 +25,11 @@ from pipeline.executor import choose_device, cores, run_all
 from pipeline.params import Align, Params
 from pipeline.progress import bar
 from pipeline.tracking import MODEL_TAG
-from stages.align import align_images, most_workers
 from stages.align.decode import UnreadableImage, decode
+from stages.align.run import align_images, most_workers
 from stages.download.archives import folder_members
 from stages.download.layouts import why_no_photograph
-from stages.evaluate.features import columns, embed
+from stages.evaluate.embed import columns, embed
 from stages.evaluate.models import Embedder
 from stages.train.faces import FaceError, middle
 

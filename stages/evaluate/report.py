@@ -21,10 +21,10 @@ from pipeline.entry import stage
 from pipeline.pages import data_uri, to_svg
 from pipeline.params import SETS, Params, Synthetic, flatten
 from pipeline.tracking import training_run_of
-from stages.evaluate import EvaluationError, figures, scoring
-from stages.evaluate.extra import NAME
+from stages.evaluate import figures, scoring
 from stages.evaluate.features import blocks, choose_frames, matrix
-from stages.evaluate.scoring import Scored
+from stages.evaluate.run import EvaluationError
+from stages.evaluate.scoring import EXTRA, Scored
 from stages.evaluate.verification import Metrics
 
 PROTOCOLS = {"lfw": "LFW", "ytf": "YTF"}
@@ -124,7 +124,7 @@ def build(reports: Path, models: Path, aligned: Path, embedded: Path, out: Path,
     """
     protocols = [_protocol(name, reports / name, aligned / name, params) for name in PROTOCOLS]
     extra = sorted(path.name for path in (reports / "extra").iterdir() if (path / "scores.parquet").exists())
-    protocols += [_protocol(NAME.format(name), reports / "extra" / name, None, params) for name in extra]
+    protocols += [_protocol(EXTRA.format(name), reports / "extra" / name, None, params) for name in extra]
     megaface = _read_json(reports / "megaface" / "metrics.json")
     plane = _map(embedded / "lfw", params)
     pages.save_png(plane, out.with_name("map.png"))

@@ -35,6 +35,8 @@ FLIP = "flip"
 """What the metadata of stored scores call `Options.flip`."""
 BY_FOLD = pa.field("by_fold", pa.list_(pa.float32()))
 """Of centred scores only: the pair's score with each fold's mean in turn, folds in increasing order."""
+EXTRA = "extra/{}"
+"""What a set of `evaluate.extra` is called, whatever its file is called: extra/lfw is not lfw."""
 UNUSABLE_SCORE = -1.0
 """The lowest cosine: what a pair gets when one side has no image at all. The pair is counted, as LFW asks for."""
 DIGITS = 10

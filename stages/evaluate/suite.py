@@ -12,9 +12,10 @@ from pipeline import tables
 from pipeline.executor import choose_device
 from pipeline.params import PAIRED, Params
 from pipeline.tracking import NoRun, model_digest
-from stages.evaluate import Trained, extra, foreign, identify, run
-from stages.evaluate.features import embed_set
+from stages.evaluate import extra, foreign, identify
+from stages.evaluate.embed import embed_set
 from stages.evaluate.models import Embedder
+from stages.evaluate.run import Trained, run
 from stages.evaluate.verification import EvaluationError
 
 MEGAFACE = ("probes", "distractors")

@@ -12,7 +12,7 @@ from pipeline.executor import choose_device
 from pipeline.params import Params
 from pipeline.tracking import MODEL_TAG
 from stages.align.decode import decode
-from stages.evaluate.features import embed
+from stages.evaluate.embed import embed
 from stages.evaluate.models import Embedder
 from stages.evaluate.photographs import align_files
 from stages.evaluate.scoring import FLIP, Flip, Scored, unit

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.entry import stage
 from pipeline.params import PAIRED, Params
-from stages.shard import run
+from stages.shard.run import run
 
 ALIGNED = Path("data/aligned")
 

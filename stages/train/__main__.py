@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pipeline.entry import stage
 from pipeline.params import Params
-from stages.train import run
 from stages.train.launch import launch, processes, started_by_torchrun, tell_launcher
+from stages.train.run import run
 
 
 def main(params: Params) -> None:

@@ -25,14 +25,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-import stages.align
+import stages.align.run
 from pipeline import tables
 from pipeline.errors import InputError
 from pipeline.executor import run_all
 from pipeline.params import Align, Detector, Face, Machine
-from stages.align import align_images as module_align_images
-from stages.align import reduction, run
 from stages.align.decode import decode
+from stages.align.run import align_images as module_align_images
+from stages.align.run import reduction, run
 from tests.align.scenes import scenes
 from tests.align.test_warp import PUBLISHED
 from tests.pipeline.test_executor import dask, worker
@@ -199,7 +199,7 @@ def test_two_workers_write_the_same_bytes_though_another_was_killed(
         (tmp_path / "train" / ".part-00001.parquet.99.tmp").write_bytes(b"half a file")
         return run_all(*arguments, **details)
 
-    monkeypatch.setattr(stages.align, "run_all", and_one_was_killed)
+    monkeypatch.setattr(stages.align.run, "run_all", and_one_was_killed)
     out = tmp_path / "train"
     run(raw, out, PARAMS, machine(2), evaluation=False, report=tmp_path / "reports" / "train")
     assert files(out, tmp_path / "reports" / "train") == files(aligned, aligned.parent / "reports" / "train")
@@ -220,7 +220,7 @@ def test_a_killed_run_goes_on_from_the_first_missing_part(raw: Path, aligned: Pa
     program = f"""
         import time
         from pathlib import Path
-        import stages.align
+        import stages.align.run
         from pipeline import tables
         from pipeline.params import Align, Machine
 
@@ -232,8 +232,8 @@ def test_a_killed_run_goes_on_from_the_first_missing_part(raw: Path, aligned: Pa
                 time.sleep(600)
 
         write_table, tables.write_table = tables.write_table, half
-        stages.align.run_all = lambda function, tasks, **_: [function(*task) for task in tasks]
-        stages.align.run(
+        stages.align.run.run_all = lambda function, tasks, **_: [function(*task) for task in tasks]
+        stages.align.run.run(
             Path({str(raw)!r}), Path({str(out)!r}), Align.model_validate({PARAMS.model_dump()!r}),
             Machine.model_validate({machine(1).model_dump()!r}), evaluation=False,
             report=Path({str(tmp_path / "reports" / "train")!r}),
@@ -297,12 +297,12 @@ def aligned_ids(caught: list[int]) -> Any:
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many photographs each part had to be looked at for; the work is done in this process."""
     caught: list[int] = []
-    monkeypatch.setattr(stages.align, "align_images", aligned_ids(caught))
+    monkeypatch.setattr(stages.align.run, "align_images", aligned_ids(caught))
 
     def here(function: Any, tasks: Any, **_: Any) -> list[Any]:
         return [function(*task) for task in tasks]
 
-    monkeypatch.setattr(stages.align, "run_all", here)
+    monkeypatch.setattr(stages.align.run, "run_all", here)
     return caught
 
 
@@ -480,7 +480,7 @@ def test_a_gpu_too_small_is_told_with_what_to_change(monkeypatch: pytest.MonkeyP
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
 
-    monkeypatch.setattr(stages.align, "find", full)
+    monkeypatch.setattr(stages.align.run, "find", full)
     told = r"^the GPU's memory is too small: end what else uses it, or set .* \(CUDA out of memory\. Tried to allocate"
     with pytest.raises(InputError, match=told):
         list(module_align_images([encoded(NO_FACE)], PARAMS, evaluation=False, device="cpu"))

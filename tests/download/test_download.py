@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import stages.download
+import stages.download.run
 from pipeline import tables
 from pipeline.errors import InputError
 from pipeline.params import Archive, Local, Synthetic
-from stages.download import SourceError, run, synthetic
+from stages.download import synthetic
 from stages.download.errors import DamagedError
+from stages.download.run import SourceError, run
 from tests.work import HERE
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +166,7 @@ def test_a_killed_run_goes_on_with_the_first_missing_part(
         source = folder(unpacked(tmp_path / "faces", FACES))
     run("train", source, tmp_path / "whole", HERE)
     written: list[str] = []
-    write_part = stages.download._write_part
+    write_part = stages.download.run._write_part
 
     def killed_at_the_third(path: Path, rows: Any) -> None:
         if len(written) == 2:
@@ -173,11 +174,11 @@ def test_a_killed_run_goes_on_with_the_first_missing_part(
         written.append(path.name)
         write_part(path, rows)
 
-    monkeypatch.setattr(stages.download, "_write_part", killed_at_the_third)
+    monkeypatch.setattr(stages.download.run, "_write_part", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run("train", source, tmp_path / "raw", HERE)
     before = {path.name: path.stat().st_mtime_ns for path in sorted(begun(tmp_path / "raw").iterdir())}
-    monkeypatch.setattr(stages.download, "_write_part", write_part)
+    monkeypatch.setattr(stages.download.run, "_write_part", write_part)
     run("train", source, tmp_path / "raw", HERE)
     assert list(before) == written == ["part-00000.parquet", "part-00001.parquet"]
     assert {name: (tmp_path / "raw" / name).stat().st_mtime_ns for name in before} == before
@@ -255,7 +256,7 @@ def test_who_waits_for_another_process_fetches_anew(
 ) -> None:
     host.files |= {"lfw.tgz": tarred(tmp_path / "lfw.tgz", LFW).read_bytes(), "pairs.txt": PAIRS.encode()}
     source = archive(host.address("lfw.tgz"), host.address("pairs.txt"))
-    write_part = stages.download._write_part
+    write_part = stages.download.run._write_part
 
     deadline = time.monotonic() + 50
 
@@ -265,7 +266,7 @@ def test_who_waits_for_another_process_fetches_anew(
             time.sleep(0.01)
         write_part(path, rows)
 
-    monkeypatch.setattr(stages.download, "_write_part", once_the_other_waits)
+    monkeypatch.setattr(stages.download.run, "_write_part", once_the_other_waits)
     with ThreadPoolExecutor(2) as both:
         runs = [both.submit(run, "lfw", source, tmp_path / "raw", HERE, tmp_path / "downloads") for _ in range(2)]
         for each in runs:
@@ -481,7 +482,7 @@ def test_procedural_faces_are_rendered_part_by_part_on_any_number_of_workers(
     # back to what a killed run leaves: some of the parts
     before = content(out)
     assert list(before) == ["pairs.parquet", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
-    key = tables.fingerprint("lfw", source.model_dump(exclude={"watch"}), code=(stages.download.CODE,))
+    key = tables.fingerprint("lfw", source.model_dump(exclude={"watch"}), code=(stages.download.run.CODE,))
     kept = tables.part_path(out, 1)
     before_it = kept.stat().st_mtime_ns
     for path in (tables.part_path(out, 0), tables.part_path(out, 2), out / "pairs.parquet"):

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import tables
 from pipeline.params import Archive
-from stages.download import run
+from stages.download.run import run
 from tests.work import HERE
 
 FACES = Path(__file__).parents[2].parent / "shared" / "faces"

@@ -15,9 +15,10 @@ from torch import nn
 from pipeline.params import SETS, Backbone, MegaFace, load_params
 from pipeline.tables import ALIGNED, LABELS, PAIRS, part_path, write_table
 from pipeline.tracking import NoRun
-from stages.evaluate import Trained, identify, run
-from stages.evaluate.features import embed_set
+from stages.evaluate import identify
+from stages.evaluate.embed import embed_set
 from stages.evaluate.models import load_embedder
+from stages.evaluate.run import Trained, run
 from stages.train.model import build_model, save_model
 from tests.conftest import ROOT
 from tests.samples import face_like, jpeg

@@ -11,7 +11,7 @@ from pipeline.params import Audit
 from pipeline.tables import ALIGNED, DROPPED, parts, read_parts, read_table, write_table
 from stages.evaluate import audit
 from stages.evaluate.audit import Embedded, _spread, suspected_labels, suspected_overlaps
-from stages.evaluate.features import embed_set
+from stages.evaluate.embed import embed_set
 from stages.evaluate.models import Embedder
 from tests.samples import write_aligned
 

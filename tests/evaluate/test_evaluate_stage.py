@@ -18,7 +18,8 @@ from sklearn.metrics import roc_auc_score
 from pipeline.params import Evaluate, MegaFace
 from pipeline.tables import ALIGNED, EMBEDDED, LABELS, PAIRS, part_path, read_parts, read_table, write_table
 from pipeline.tracking import NoRun
-from stages.evaluate import Trained, identify, run, suite
+from stages.evaluate import identify, suite
+from stages.evaluate.run import Trained, run
 from stages.evaluate.scoring import SCORES
 from stages.evaluate.verification import EvaluationError
 from stages.train.model import load_model

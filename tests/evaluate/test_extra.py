@@ -16,10 +16,10 @@ from pipeline.params import Params
 from pipeline.tables import LABELS, write_table
 from pipeline.tracking import NoRun
 from stages.download import synthetic
-from stages.evaluate import Trained
 from stages.evaluate.comparison import compare_runs, stored_scores
 from stages.evaluate.extra import read_bin, run
 from stages.evaluate.models import Embedder
+from stages.evaluate.run import Trained
 from stages.evaluate.scoring import Scored
 from stages.evaluate.verification import EvaluationError
 from tests.samples import face_like, jpeg

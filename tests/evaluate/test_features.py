@@ -13,7 +13,8 @@ from pipeline import tables
 from pipeline.errors import InputError
 from pipeline.tables import EMBEDDED
 from stages.evaluate import features, scoring
-from stages.evaluate.features import choose_frames, embed, embed_set
+from stages.evaluate.embed import embed, embed_set
+from stages.evaluate.features import choose_frames
 from stages.evaluate.models import Embedder
 from stages.evaluate.verification import EvaluationError
 from stages.train.faces import decode_face

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.params import Params
-from stages.align import align_images
+from stages.align.run import align_images
 from stages.evaluate import photographs
 from stages.evaluate.models import Embedder, load_embedder
 from stages.evaluate.photographs import PhotographsError, embed_folder, find_photographs

@@ -15,9 +15,9 @@ from scipy.fft import dct
 from pipeline.errors import InputError
 from pipeline.params import Params, Shard
 from pipeline.tables import ALIGNED, DROPPED, LABELS, VAL_PAIRS, TableError, part_path, read_table, write_table
-from stages import shard
 from stages.shard import __main__ as command
-from stages.shard import writer
+from stages.shard import reader, writer
+from stages.shard import run as shard
 from tests.samples import FACE, face_like, jpeg, shard_section, write_aligned
 from tests.work import HERE
 
@@ -112,7 +112,7 @@ def test_classes_are_mixed_in_every_shard(tmp_path: Path) -> None:
 def test_pairs_of_people_who_are_not_trained_on(tmp_path: Path) -> None:
     write_aligned(tmp_path / "aligned", [6] * 8)
     run(tmp_path, params=shard_section(validation={"by": "identity", "share": 0.25, "pairs": 20}))
-    shards = shard.reader.Shards(str(tmp_path / "shards"))
+    shards = reader.Shards(str(tmp_path / "shards"))
     trained, kept_back = (set(shards.split(name).labels) for name in ("train", "val"))
     assert (trained, kept_back) == (set(range(6)), {6, 7})
     pairs, labels = shards.val_pairs(), shards.split("val").labels
@@ -145,7 +145,7 @@ def test_shards_of_before_their_photographs_were_named_are_read(tmp_path: Path) 
     index = json.loads(path.read_text())
     del index["photographs"]
     path.write_text(json.dumps(index))
-    assert shard.reader.Shards(str(tmp_path / "shards")).index.photographs is None
+    assert reader.Shards(str(tmp_path / "shards")).index.photographs is None
 
 
 def test_a_link_in_place_of_the_shards_is_refused_before_anything_is_read(tmp_path: Path) -> None:
