@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import one_hot
 
 from pipeline.params import Params
-from stages import train
 from stages.train import backbones, checkpoint, heads, loop
+from stages.train import run as train
 from stages.train.ranks import Ranks
 from tests.conftest import ROOT
 from tests.samples import shard_section, write_shards
@@ -27,8 +28,14 @@ from tests.train.test_heads import MAKE
 EMBEDDING, CLASSES, BATCH = 8, 11, 12
 
 
-def torchrun(processes: int, script: Path, *arguments: object) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def start(
+    processes: int, script: Path, *arguments: object, by: Sequence[str] = ("tests.train.copies",)
+) -> "subprocess.Popen[str]":
+    """A script by several ranks."""
+    command = [sys.executable, "-m", *by, str(processes)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, str(script), *map(str, arguments)],
@@ -97,7 +104,7 @@ def test_every_head_on_three_ranks_has_the_loss_and_the_gradients_of_one(tmp_pat
     """11 classes: slices of 3, 4 and 4. 12 examples: 4 of each rank."""
     script = tmp_path / "heads.py"
     script.write_text(HEADS_SCRIPT)
-    finish(torchrun(3, script, tmp_path / "found.pt"))
+    finish(start(3, script, tmp_path / "found.pt"))
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     assert found.keys() == MAKE.keys()
     for name, (loss, own, nearest, gradient, of_centres, evaluated, correct) in found.items():
@@ -201,7 +208,7 @@ import logging, os, signal, sys
 from functools import partial
 from pathlib import Path
 from pipeline.params import Params
-from stages import train
+from stages.train import run as train
 from stages.train import backbones, loop
 
 backbones.BACKBONES["sphere20"] = partial(backbones.sphere, (0, 0, 0, 0))
@@ -238,23 +245,23 @@ def test_two_processes_train_as_one_and_lose_nothing(
     script.write_text(TRAIN_SCRIPT)
     section.write_text(tiny.model_dump_json())
 
-    def start(processes: int, name: str, ending: str = "-") -> "subprocess.Popen[str]":
-        return torchrun(processes, script, tmp_path / name, tmp_path / f"{name}-state", section, ending)
+    def two(name: str, ending: str = "-") -> "subprocess.Popen[str]":
+        return start(2, script, tmp_path / name, tmp_path / f"{name}-state", section, ending)
 
     train.run(tmp_path / "alone", tmp_path / "alone-state", tiny)
-    finish(start(2, "two"))
+    finish(two("two"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
-    alone, two = (load_file(tmp_path / name / "head.safetensors") for name in ("alone", "two"))
-    torch.testing.assert_close(two["weight"], alone["weight"], rtol=1e-3, atol=1e-5)
+    alone, both = (load_file(tmp_path / name / "head.safetensors") for name in ("alone", "two"))
+    torch.testing.assert_close(both["weight"], alone["weight"], rtol=1e-3, atol=1e-5)
 
-    process = start(2, "killed", "killed")
+    process = two("killed", "killed")
     said = process.communicate(timeout=180)[0]
     assert process.returncode != 0, said
     assert not (tmp_path / "killed").exists()
     saved = sorted(path.name for path in (tmp_path / "killed-state").rglob("*.pt"))
     assert saved[-3:] == [f"iteration-00000003{part}.pt" for part in ("", ".rank-00-of-02", ".rank-01-of-02")], said
     shutil.copytree(tmp_path / "killed-state", tmp_path / "one-state")
-    finish(start(2, "killed"))
+    finish(two("killed"))
     assert files(tmp_path / "killed") == files(tmp_path / "two")
     train.run(tmp_path / "again", tmp_path / "killed-state", tiny)  # what has ended, one process can write again
     assert files(tmp_path / "again") == files(tmp_path / "two")
@@ -310,7 +317,7 @@ def test_ranks_agree_on_a_checkpoint_and_fail_together(tmp_path: Path) -> None:
     script = tmp_path / "shared.py"
     script.write_text(SHARED_SCRIPT)
     (tmp_path / "said").mkdir()
-    finish(torchrun(2, script, tmp_path))
+    finish(start(2, script, tmp_path, by=TORCHRUN))
     said = [[(tmp_path / "said" / f"{i}.{rank}").read_text() for rank in (0, 1)] for i in range(7)]
     assert said[0] == ["None", "None"]
     assert said[1] == ["(1, 2)", "(1, 2)"]
@@ -369,7 +376,7 @@ def test_a_checkpoint_of_one_serves_two_which_sample_their_centres(tmp_path: Pat
     (tmp_path / "params.json").write_text(sampling.model_dump_json())
     script = tmp_path / "sampled.py"
     script.write_text(SAMPLED_SCRIPT)
-    finish(torchrun(2, script, tmp_path))
+    finish(start(2, script, tmp_path))
     weight, momentum, moved_weight, moved_momentum, both = torch.load(tmp_path / "found.pt", weights_only=True)
     assert torch.equal(weight, training.head.weight)
     assert torch.equal(momentum, training.momentum["momentum_buffer"])

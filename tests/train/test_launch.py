@@ -16,8 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from pipeline.errors import InputError
 from pipeline.params import Params
 from pipeline.tables import TableError
-from stages import train
 from stages.train import launch
+from stages.train import run as train
 from stages.train.ranks import Ranks
 from tests.conftest import ROOT
 from tests.samples import shard_section, write_shards

@@ -1,22 +1,24 @@
 """Steps of several processes, on the CPU by gloo: what goes on after a checkpoint, and what fp16 leaves out."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
-from tests.conftest import ROOT
+from tests.train.test_distributed import finish, start
 
 SCRIPT = """
 import sys
+from functools import partial
 from pathlib import Path
 import torch
 from pipeline.params import load_params
-from stages.train import loop
+from stages.train import backbones, loop
 from stages.train.checkpoint import Checkpoints
 from stages.train.ranks import agreed, gathered, together
+
+backbones.BACKBONES["small"] = partial(
+    backbones.improved_residual, (1, 1, 1), channels=(16, 16, 32, 64), stem_stride=2
+)
 
 def section(**changes):
     train = load_params(Path("params.yaml")).train
@@ -77,15 +79,6 @@ def test_three_ranks_go_on_to_the_same_bits_and_leave_out_the_same_steps(tmp_pat
     """With batch normalisation, and a batch in parts; gradients overflow in fp16 on all ranks, or in one's centres."""
     script = tmp_path / "steps.py"
     script.write_text(SCRIPT)
-    places = [script, tmp_path / "state", tmp_path / "found"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", *map(str, places)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
+    finish(start(3, script, tmp_path / "state", tmp_path / "found"))
     found = torch.load(tmp_path / "found", weights_only=True)
     assert found == {"goes on": True, "alike": True, "backbone": True, "centres of one": True}

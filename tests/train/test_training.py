@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from pipeline import tables
 from pipeline.errors import InputError
 from pipeline.params import Params, Train
-from stages import train
 from stages.shard import reader as shard_reader
 from stages.train import backbones, checkpoint, loader, loop, meter
+from stages.train import run as train
 from stages.train.heads import Judgement
 from stages.train.loop import Training
 from tests.conftest import ROOT, on_gpu
@@ -39,7 +39,8 @@ from tests.samples import shard_section, write_shards
 
 
 @pytest.fixture
-def tiny(params: Params, tmp_path: Path) -> Params:
+def small(params: Params, tmp_path: Path) -> Params:
+    """A short training of the default network."""
     section = params.train.model_dump()
     section |= {"data": str(tmp_path / "shards"), "batch": 16, "log_every": 3, "checkpoint_every": 4}
     section["backbone"]["embedding"] = 32
@@ -58,10 +59,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A smaller network than `small`, where what is asked is the same of any."""
+def tiny(small: Params, monkeypatch: pytest.MonkeyPatch) -> Params:
+    """The same of a smaller network, where what is asked is the same of any."""
     network = partial(backbones.improved_residual, (1, 1, 1), channels=(16, 16, 32, 64), stem_stride=2)
     monkeypatch.setitem(backbones.BACKBONES, "small", network)
+    return small
 
 
 def mean_colours(embedding: int, width: int) -> nn.Sequential:
@@ -73,7 +75,6 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("changes", [{}, {"average": 0.8, "dropout": 0.3}], ids=["plain", "averaged"])
 def test_interrupted_anywhere_ends_in_the_same_bits(
     tmp_path: Path, shards: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -99,8 +100,8 @@ def test_interrupted_anywhere_ends_in_the_same_bits(
 
 
 @pytest.fixture
-def short(tiny: Params, narrow: None) -> Params:
-    """Four iterations of a narrow network, with a checkpoint after two."""
+def short(tiny: Params) -> Params:
+    """Four iterations, with a checkpoint after two."""
     schedule = {"name": "steps", "iterations": 4, "warmup": 1, "milestones": [3], "factor": 0.1}
     return changed(tiny, batch=8, checkpoint_every=2, log_every=2, schedule=schedule)
 
@@ -219,7 +220,7 @@ def test_what_does_not_decide_the_weights_loses_no_checkpoint(
 
 def test_only_what_decides_the_weights_is_code_that_a_checkpoint_asks_for() -> None:
     names = {path.name for path in train.CODE}
-    assert {"__init__.py", "loop.py", "heads.py", "backbones.py", "loader.py", "augment.py", "reader.py"} <= names
+    assert {"run.py", "loop.py", "heads.py", "backbones.py", "loader.py", "augment.py", "reader.py"} <= names
     assert not names & {"sheet.py", "export.py", "meter.py", "launch.py", "page.py", "clean.py"}
 
 
@@ -305,11 +306,11 @@ def test_a_password_in_the_shards_address_does_not_enter_the_model(tmp_path: Pat
     assert not [name for name, content in files(tmp_path / "models").items() if b"secret" in content]
 
 
-def test_it_learns(tmp_path: Path, shards: Path, tiny: Params) -> None:
+def test_it_learns(tmp_path: Path, shards: Path, small: Params) -> None:
     """Six identities that differ by colour: chance is 1/6, and a learner is right at least half the time."""
-    schedule = tiny.train.schedule.model_copy(update={"iterations": 40, "milestones": [30]})
-    longer = tiny.train.model_copy(update={"schedule": schedule})
-    train.run(tmp_path / "models", tmp_path / "checkpoints", tiny.model_copy(update={"train": longer}))
+    schedule = small.train.schedule.model_copy(update={"iterations": 40, "milestones": [30]})
+    longer = small.train.model_copy(update={"schedule": schedule})
+    train.run(tmp_path / "models", tmp_path / "checkpoints", small.model_copy(update={"train": longer}))
     metrics = json.loads((tmp_path / "models" / "train.json").read_text())
     assert metrics["accuracy"] > 0.5
     assert metrics["val_accuracy"] > 0.5
@@ -589,7 +590,6 @@ def test_a_gpu_too_small_is_told_with_what_to_change(
     )
 
 
-@pytest.mark.usefixtures("narrow")
 def test_a_loss_that_stands_still_is_reported(
     tmp_path: Path, shards: Path, tiny: Params, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -634,7 +634,6 @@ def test_a_standstill_is_reported_early_and_again(
     assert len(caplog.messages) == 1
 
 
-@pytest.mark.usefixtures("narrow")
 def test_bounds_are_told_with_their_numbers(
     tmp_path: Path, shards: Path, tiny: Params, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -645,7 +644,6 @@ def test_bounds_are_told_with_their_numbers(
     assert "train.head.margin = 1.25 is above 1.200, the most that 6 centres in 32 dimensions" in caplog.text
 
 
-@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     ("precision", "has", "told"),
     [("fp32", "", False), ("bf16", "", True), ("bf16", "amx_bf16", False), ("bf16", "avx512_fp16", True)],
@@ -678,7 +676,6 @@ HEADS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head["name"])
 def test_every_head_learns_and_goes_on_where_it_was(
     tmp_path: Path, shards: Path, tiny: Params, head: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -927,7 +924,6 @@ no_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.mark.usefixtures("narrow")  # CPUs compute in fp16 slowly
 @pytest.mark.parametrize(
     "changes",
     [{"precision": "bf16"}, {"precision": "fp16"}, pytest.param({"compile": True}, marks=no_compiler)],
@@ -972,7 +968,6 @@ def test_torch_compile_sees_the_network_as_one_graph(tiny: Params, monkeypatch: 
     assert len(graphs) == 1
 
 
-@pytest.mark.usefixtures("narrow")
 def test_fp16_survives_that_its_first_step_is_left_out(shards: Path, tiny: Params) -> None:
     """Gradients overflow under a scale too large, at first: the step is skipped, the scale halved, nothing is lost."""
     params = changed(tiny, precision="fp16")
@@ -991,12 +986,12 @@ def test_fp16_survives_that_its_first_step_is_left_out(shards: Path, tiny: Param
     assert 0 < row.gradient_norm < 1e6
 
 
-def test_the_stored_trace(tmp_path: Path, shards: Path, tiny: Params) -> None:
+def test_the_stored_trace(tmp_path: Path, shards: Path, small: Params) -> None:
     """Losses of a short run, step by step, as they were when trace.json was written. A change that moves them says why,
     and deletes the file, which is then written anew.
     """
-    sgd = tiny.train.optimizer.model_dump() | {"learning_rate": 0.002}  # small, so that rounding does not grow
-    train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, log_every=1, optimizer=sgd))
+    sgd = small.train.optimizer.model_dump() | {"learning_rate": 0.002}  # small, so that rounding does not grow
+    train.run(tmp_path / "models", tmp_path / "checkpoints", changed(small, log_every=1, optimizer=sgd))
     with (tmp_path / "models" / "history.csv").open() as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     stored = Path(__file__).with_name("trace.json")
@@ -1013,7 +1008,7 @@ from pathlib import Path
 import torch
 from pipeline.errors import InputError
 from pipeline.params import Params, Train
-from stages import train
+from stages.train import run as train
 torch.set_num_threads(1)
 logging.basicConfig()
 train.run(Path(sys.argv[1]), Path(sys.argv[2]), Params.model_validate_json(Path(sys.argv[3]).read_text()))
@@ -1021,7 +1016,7 @@ train.run(Path(sys.argv[1]), Path(sys.argv[2]), Params.model_validate_json(Path(
 
 
 @pytest.fixture
-def child(tmp_path: Path, tiny: Params) -> Callable[[str, Params], subprocess.Popen[str]]:
+def child(tmp_path: Path, small: Params) -> Callable[[str, Params], subprocess.Popen[str]]:
     def start(name: str, params: Params) -> subprocess.Popen[str]:
         (tmp_path / "params.json").write_text(params.model_dump_json())
         places = [tmp_path / name, tmp_path / f"{name}-state", tmp_path / "params.json"]
@@ -1044,20 +1039,20 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str], after: int
         time.sleep(0.01)
 
 
-def long_run(tiny: Params) -> Params:
-    quick = tiny.machine.model_copy(update={"checkpoint_minutes": 0.0001})
+def long_run(small: Params) -> Params:
+    quick = small.machine.model_copy(update={"checkpoint_minutes": 0.0001})
     schedule = {"name": "steps", "iterations": 12, "warmup": 2, "milestones": [9], "factor": 0.1}
-    silent = tiny.tracking.model_copy(update={"enabled": False})
-    return changed(tiny, schedule=schedule).model_copy(update={"machine": quick, "tracking": silent})
+    silent = small.tracking.model_copy(update={"enabled": False})
+    return changed(small, schedule=schedule).model_copy(update={"machine": quick, "tracking": silent})
 
 
 def test_ended_in_any_way_it_goes_on_to_the_same_bits(
-    tmp_path: Path, shards: Path, tiny: Params, child: Callable[..., subprocess.Popen[str]]
+    tmp_path: Path, shards: Path, small: Params, child: Callable[..., subprocess.Popen[str]]
 ) -> None:
     """Asked to end by SIGTERM; by SIGINT as a terminal sends it, to the processes that make batches, too; and killed:
     once between checkpoints, then at random moments, as often as COSFACE_KILLS says.
     """
-    params = long_run(tiny)
+    params = long_run(small)
     assert child("whole", params).wait(120) == 0
     moments = random.Random(int(os.environ.get("COSFACE_KILLS_SEED", "1")))
     state, models = tmp_path / "ended-state", tmp_path / "ended"
