@@ -10,6 +10,8 @@ import signal
 import socket
 import sys
 
+import torch._dynamo  # noqa: F401 - as the first step of an optimizer does
+
 import stages.train.run  # noqa: F401
 
 
