@@ -72,22 +72,27 @@ def run(folder: Path, model: Embedder, trained: Trained | None, out: Path, param
         EvaluationError: there is no such folder, a file is not what it should be, or people are in both sets and
             `evaluate.leaks` refuses that; the message names the file.
     """
-    files = find_sets(folder)
-    others = [path for path in folder.glob("*") if path.is_file() and path not in files and path.name != "README.md"]
-    if others:
-        kinds = Counter(path.suffix or path.name for path in others)
-        log.info("%s: passed over %s", folder, ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common()))
-    out.mkdir(parents=True, exist_ok=True)
-    _clear(out)
-    for path in files:
+    for path in _begin(folder, out):
         try:
             _evaluate(path, model, trained, out / path.stem, params, tracker)
         except EvaluationError as error:
             if str(error).startswith(str(path)):
                 raise
             raise EvaluationError(f"{path}: {error}") from error
+
+
+def _begin(folder: Path, out: Path) -> list[Path]:
+    """The sets, after telling of other files and removing the results of earlier sets."""
+    files = find_sets(folder)
+    others = [path for path in folder.glob("*") if path.is_file() and path not in files and path.name != "README.md"]
+    if others:
+        kinds = Counter(path.suffix or path.name for path in others)
+        log.info("%s: passed over %s", folder, ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common()))
     if not files:
         log.info("%s: no sets there", folder)
+    out.mkdir(parents=True, exist_ok=True)
+    _clear(out)
+    return files
 
 
 def _evaluate(path: Path, model: Embedder, trained: Trained | None, out: Path, params: Params, tracker: NoRun) -> None:
@@ -245,13 +250,16 @@ def _score(
 
 def main(params: Params) -> None:
     """Evaluate the model of this folder on what people have put into evaluate.extra."""
-    keep_memory()
-    models = Path("models")
-    model = load_embedder(models, choose_device(params.machine.device))
-    trained = Trained(Path("data/shards/labels.parquet"), Path(params.shard.clean.names))
     folder, out = Path(params.evaluate.extra), Path("reports/extra")
-    with training_run_of(models, params) as tracker:
-        run(folder, model, trained, out, params, tracker)
+    if find_sets(folder):
+        keep_memory()
+        models = Path("models")
+        model = load_embedder(models, choose_device(params.machine.device))
+        trained = Trained(Path("data/shards/labels.parquet"), Path(params.shard.clean.names))
+        with training_run_of(models, params) as tracker:
+            run(folder, model, trained, out, params, tracker)
+    else:  # the usual, which takes no model
+        _begin(folder, out)
     with atomic(out / "sets.txt") as path:  # there at any rate, for of an empty folder DVC warns
         path.write_text("".join(f"{file}\n" for file in find_sets(folder)) or f"{folder}: no sets there\n")
 
