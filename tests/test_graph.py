@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import ruamel.yaml
 
+from stages.align import run as align
+from stages.train import run as train
+
 ROOT = Path(__file__).parents[1]
 STAGES: dict[str, dict[str, Any]] = {
     name: stage.get("do", stage)
@@ -90,6 +93,20 @@ def test_a_stage_depends_on_the_code_that_it_uses(stage: str) -> None:
     assert [path for path in allowed if not any(within(file, (path,)) for file in lacking)] == []
     for path in STAGES[stage]["deps"]:
         assert "$" in path or not path.startswith(("stages/", "pipeline/")) or (ROOT / path).exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "code", "aside"),
+    [
+        ("align", align.CODE, {"earlier", "page"}),
+        ("train", train.CODE, {"checkpoint", "launch", "meter", "sheet", "validation"}),
+    ],
+    ids=["align", "train"],
+)
+def test_what_is_left_of_other_code_is_of_no_use(package: str, code: tuple[Path, ...], aside: set[str]) -> None:
+    """Rows of alignment and checkpoints of training ask for all code that makes them, and for no other."""
+    used = {Path(file) for file in closure(f"stages/{package}/run.py") if within(file, (f"stages/{package}",))}
+    assert {path.stem for path in code if path.parent.name == package} == {path.stem for path in used} - aside
 
 
 def test_git_ignores_what_dvc_keeps_and_that_alone(tmp_path: Path) -> None:

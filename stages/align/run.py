@@ -21,7 +21,10 @@ from stages.align.faces import Found, choose, find, scaled
 from stages.align.page import write_page
 from stages.align.warp import SIDE, centre_crop, similarity, warp
 
-_CODE = Path(__file__).parent
+_ASIDE = {"__init__", "__main__", "earlier", "page"}
+"""Modules of this folder that do not decide what becomes of a photograph."""
+CODE = tuple(path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in _ASIDE)
+"""What does: a row that other code has made is made again."""
 _MADE = pa.schema([field for field in tables.ALIGNED if field.name not in COPIED])
 """The columns that alignment makes."""
 _BATCH_IMAGES, _BATCH_PIXELS = 64, 1 << 24
@@ -61,8 +64,7 @@ def run(raw: Path, out: Path, params: Align, machine: Machine, *, evaluation: bo
     device = choose_device(machine.device).type if local else machine.device  # each worker knows its own
     sources = tables.parts(raw)
     targets = [out / source.name for source in sources]
-    code = tuple(_CODE / f"{name}.py" for name in ("__init__", "area", "decode", "faces", "mtcnn", "nms", "warp"))
-    made_by = tables.fingerprint(params.model_dump(), evaluation, code=code)
+    made_by = tables.fingerprint(params.model_dump(), evaluation, code=CODE)
     aside = out.with_name(f".{out.name}.earlier")
     with tables.locked(out):
         done = {target for source, target in zip(sources, targets, strict=True) if is_done(source, target, made_by)}

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _FEW = 16
 """Images over which batch normalisation's statistics are poor (Wu and He, Group Normalization, ECCV 2018, Figure 1)."""
 _HERE = Path(__file__).parent
-_ASIDE = {"__main__", "checkpoint", "export", "launch", "meter", "sheet", "validation"}
+_ASIDE = {"__init__", "__main__", "checkpoint", "export", "launch", "meter", "sheet", "validation"}
 """Modules of this folder that do not decide the weights."""
 CODE = (
     *(path for path in sorted(_HERE.glob("*.py")) if path.stem not in _ASIDE),

@@ -400,6 +400,19 @@ def test_other_parameters_look_at_everything_again(
         assert len(rows(out)["d/border"]["image"]) < len(rows(aligned)["d/border"]["image"])
 
 
+def test_other_code_looks_at_everything_again(
+    raw: Path, aligned: Path, tmp_path: Path, looked_at: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path(stages.align.run.__file__)
+    (tmp_path / own.name).write_text(own.read_text() + "# a changed line\n")
+    code = tuple(tmp_path / own.name if path == own else path for path in stages.align.run.CODE)
+    monkeypatch.setattr(stages.align.run, "CODE", code)
+    out = tmp_path / "train"
+    shutil.copytree(aligned, out)
+    run(raw, out, PARAMS, machine(1), evaluation=False, report=tmp_path / "report")
+    assert sum(looked_at) == len(all_images(raw))
+
+
 def test_evaluation_sets_do_not_take_over_rows_of_training_sets(
     raw: Path, aligned: Path, tmp_path: Path, looked_at: list[int]
 ) -> None:
