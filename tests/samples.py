@@ -1,6 +1,7 @@
 """Small tables and pictures that several test folders share."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pyarrow as pa
 from pipeline.params import Augment, Face, Shard
 from pipeline.tables import ALIGNED, part_path, write_table
 from stages.shard import run as shard
+from stages.train.backbones import improved_residual
 from tests.work import HERE
 
 ROOT = Path(__file__).parents[1]
 FACE = Face(width=112, margin=0, quality=95)
+NARROW = partial(improved_residual, (1, 1, 1), channels=(16, 16, 32, 64), stem_stride=2)
+"""A smaller network than `small`, where what is asked is the same of any."""
 NO_AUGMENTATION: dict[str, Any] = {
     "horizontal_flip": 0.0,
     "shift": 0,

@@ -27,7 +27,6 @@ NOT_USED = {
     "audit": ("stages/evaluate/verification.py",),
     # Of photographs.py it takes the alignment of given files, no listing of folders.
     "extra": (*COPIES, "stages/download/errors.py", "stages/download/archives.py"),
-    "report": ("stages/shard",),  # what evaluate looks for leaks by
 }
 """Files and folders that a stage's modules import, but use nothing of that could change what comes out."""
 

@@ -22,8 +22,6 @@ from stages.download.fetch import Obtained, Wanted, obtain
 from stages.download.layouts import EXPECTED, HARMLESS, Ids, above, alike, ids, why_skipped
 from stages.download.protocols import Pair, check_pairs, pairs_table, read_pairs
 
-__all__ = ["SourceError", "run"]
-
 log = logging.getLogger(__name__)
 
 CODE = Path(__file__).parent

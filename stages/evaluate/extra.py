@@ -251,7 +251,8 @@ def _score(
 def main(params: Params) -> None:
     """Evaluate the model of this folder on what people have put into evaluate.extra."""
     folder, out = Path(params.evaluate.extra), Path("reports/extra")
-    if find_sets(folder):
+    files = find_sets(folder)
+    if files:
         keep_memory()
         models = Path("models")
         model = load_embedder(models, choose_device(params.machine.device))
@@ -261,7 +262,7 @@ def main(params: Params) -> None:
     else:  # the usual, which takes no model
         _begin(folder, out)
     with atomic(out / "sets.txt") as path:  # there at any rate, for of an empty folder DVC warns
-        path.write_text("".join(f"{file}\n" for file in find_sets(folder)) or f"{folder}: no sets there\n")
+        path.write_text("".join(f"{file}\n" for file in files) or f"{folder}: no sets there\n")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ from pipeline.params import SETS, Params, Synthetic, flatten
 from pipeline.tracking import training_run_of
 from stages.evaluate import figures, scoring
 from stages.evaluate.features import blocks, choose_frames, matrix
-from stages.evaluate.run import EvaluationError
 from stages.evaluate.scoring import EXTRA, Scored
-from stages.evaluate.verification import Metrics
+from stages.evaluate.verification import EvaluationError, Metrics
 
 PROTOCOLS = {"lfw": "LFW", "ytf": "YTF"}
 SHOWN_SECTIONS = (

@@ -17,8 +17,6 @@ from stages.evaluate.leaks import check_leaks
 from stages.evaluate.scoring import FLIP, Options, Scored
 from stages.evaluate.verification import EvaluationError, Metrics, Roc
 
-__all__ = ["RESULTS", "EvaluationError", "Trained", "run"]
-
 log = logging.getLogger(__name__)
 
 _FIGURES = ("roc.png", "det.png", "scores.png", "folds.png")

@@ -12,15 +12,13 @@ from pipeline import tables
 from pipeline.executor import run_all
 from pipeline.params import Face, Machine, Shard
 from stages.align.warp import TEMPLATE
-from stages.shard.clean import Faces, ShardError, clean
+from stages.shard.clean import Faces, clean
 from stages.shard.hashes import hash_part
 from stages.shard.page import write_page
 from stages.shard.reader import FORMAT, File, Index
 from stages.shard.split import draw_pairs, make_plan, shuffled
 from stages.shard.writer import File as ShardFile
 from stages.shard.writer import shard_files, write_shards
-
-__all__ = ["ShardError", "run"]
 
 log = logging.getLogger(__name__)
 _CODE = Path(__file__).parent

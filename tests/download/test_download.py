@@ -21,8 +21,8 @@ from pipeline import tables
 from pipeline.errors import InputError
 from pipeline.params import Archive, Local, Synthetic
 from stages.download import synthetic
-from stages.download.errors import DamagedError
-from stages.download.run import SourceError, run
+from stages.download.errors import DamagedError, SourceError
+from stages.download.run import run
 from tests.work import HERE
 
 ROOT = Path(__file__).parents[2]

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pipeline.params import SETS, Local, Params
 from pipeline.tables import ALIGNED, read_parts, read_table
 from stages.evaluate.report import build, worst_errors
-from stages.evaluate.run import EvaluationError
 from stages.evaluate.scoring import SCORES, Scored
+from stages.evaluate.verification import EvaluationError
 from tests.evaluate.conftest import Workspace
 
 

@@ -4,19 +4,21 @@ One process imports torch and all of training, and is then copied; by torchrun e
 one fails, all end.
 """
 
+import importlib
 import os
 import runpy
 import signal
 import socket
 import sys
 
-import torch._dynamo  # noqa: F401 - as the first step of an optimizer does
-
-import stages.train.run  # noqa: F401
+PRELOADED = ("stages.train.run", "torch._dynamo")
+"""The latter is what an optimizer's first step imports."""
 
 
 def main() -> None:
     count, script = int(sys.argv[1]), sys.argv[2]
+    for module in PRELOADED:
+        importlib.import_module(module)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "copies"}

@@ -245,23 +245,23 @@ def test_two_processes_train_as_one_and_lose_nothing(
     script.write_text(TRAIN_SCRIPT)
     section.write_text(tiny.model_dump_json())
 
-    def two(name: str, ending: str = "-") -> "subprocess.Popen[str]":
+    def begin(name: str, ending: str = "-") -> "subprocess.Popen[str]":
         return start(2, script, tmp_path / name, tmp_path / f"{name}-state", section, ending)
 
     train.run(tmp_path / "alone", tmp_path / "alone-state", tiny)
-    finish(two("two"))
+    finish(begin("two"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     alone, both = (load_file(tmp_path / name / "head.safetensors") for name in ("alone", "two"))
     torch.testing.assert_close(both["weight"], alone["weight"], rtol=1e-3, atol=1e-5)
 
-    process = two("killed", "killed")
+    process = begin("killed", "killed")
     said = process.communicate(timeout=180)[0]
     assert process.returncode != 0, said
     assert not (tmp_path / "killed").exists()
     saved = sorted(path.name for path in (tmp_path / "killed-state").rglob("*.pt"))
     assert saved[-3:] == [f"iteration-00000003{part}.pt" for part in ("", ".rank-00-of-02", ".rank-01-of-02")], said
     shutil.copytree(tmp_path / "killed-state", tmp_path / "one-state")
-    finish(two("killed"))
+    finish(begin("killed"))
     assert files(tmp_path / "killed") == files(tmp_path / "two")
     train.run(tmp_path / "again", tmp_path / "killed-state", tiny)  # what has ended, one process can write again
     assert files(tmp_path / "again") == files(tmp_path / "two")

@@ -35,7 +35,7 @@ from stages.train.heads import Judgement
 from stages.train.loop import Training
 from tests.conftest import ROOT, on_gpu
 from tests.pipeline.test_tables import little_space
-from tests.samples import shard_section, write_shards
+from tests.samples import NARROW, shard_section, write_shards
 
 
 @pytest.fixture
@@ -60,9 +60,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def tiny(small: Params, monkeypatch: pytest.MonkeyPatch) -> Params:
-    """The same of a smaller network, where what is asked is the same of any."""
-    network = partial(backbones.improved_residual, (1, 1, 1), channels=(16, 16, 32, 64), stem_stride=2)
-    monkeypatch.setitem(backbones.BACKBONES, "small", network)
+    """The same of a narrow network."""
+    monkeypatch.setitem(backbones.BACKBONES, "small", NARROW)
     return small
 
 
