@@ -1,9 +1,9 @@
 """Where a training step's time goes on a GPU: `python -m benchmarks.kernels --step "ours bf16 compiled"`.
 
 A step of benchmarks/train.py, by torch's profiler: milliseconds of its kernels by kind and by name, how many are
-launched, and the rate without the profiler; and what the GPU does at most: a matrix product in bf16, and a copy within
-its memory. The result goes to benchmarks/results/kernels-<GPU>.json, under the
-backbone, the batch and the step.
+launched, and the rate without the profiler; what the GPU does at most: a matrix product in bf16, and a copy within its
+memory; and how much batch normalisation moves in bf16. The result goes to benchmarks/results/kernels-<GPU>.json, under
+the backbone, the batch and the step.
 """
 
 import argparse
@@ -14,12 +14,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import result_of
 from benchmarks.train import Contestant
 from pipeline import tables
 from pipeline.executor import keep_memory
+from pipeline.params import Backbone
+from stages.train.backbones import build_backbone
 
 STEPS = 3
 KINDS = {
@@ -60,6 +63,25 @@ def limits() -> dict[str, float]:
     }
 
 
+def normalised_gigabytes(params: Backbone, batch: int) -> float:
+    """What batch normalisation reads and writes in a step, in 2 bytes a number: forward each of its maps twice (for the
+    mean and variance, and to normalise), its output once; backward map and gradient twice, the new gradient once.
+    """
+    numbers = 0
+
+    def count(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        nonlocal numbers
+        numbers += inputs[0].numel()
+
+    with torch.device("meta"):
+        network = build_backbone(params).eval()
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.register_forward_pre_hook(count)
+        network(torch.empty(batch, 3, 112, params.width))
+    return round(8 * 2 * numbers / 1e9, 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="iresnet50")
@@ -82,6 +104,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "torch": torch.__version__,
         "limits": limits(),
+        "batch_normalisation_gigabytes": normalised_gigabytes(contestant.backbone, arguments.batch),
         "images_per_second": round(turn["images_per_second"] or 0),
         "ms_of_a_step": round(1000 * arguments.batch / (turn["images_per_second"] or 1), 2),
         "ms_of_kernels": {name: round(ms, 2) for name, ms in kinds.most_common()},

@@ -96,6 +96,7 @@ class Contestant:
     def __init__(self, key: str, backbone: str, batch: int, device: torch.device) -> None:
         name, precision, *compiled = key.split()
         self._train, self._device = section(backbone, batch, precision, bool(compiled)), device
+        self.backbone = self._train.backbone
         self._gpu = device.type == "cuda"
         before = torch.cuda.memory_allocated() if self._gpu else 0
         self._step = (ours if name == "ours" else reference)(self._train, device)
@@ -131,7 +132,7 @@ class Contestant:
             others = torch.cuda.memory_allocated() - self._held
         rate = self.steps * self._train.batch / self._seconds()
         memory = torch.cuda.max_memory_allocated() - others if self._gpu else psutil.Process().memory_info().rss
-        teraflops = 3 * forward_flops(self._train.backbone) * rate / 1e12
+        teraflops = 3 * forward_flops(self.backbone) * rate / 1e12
         peak = peak_teraflops(self._device, self._train.precision)
         return {
             "images_per_second": rate,
