@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from pipeline import tracking
 from pipeline.entry import stage
 from pipeline.params import PAIRED, Params
 from stages.evaluate.run import Trained, run
@@ -11,9 +10,7 @@ from stages.evaluate.run import Trained, run
 def main(params: Params, name: str) -> None:
     """Evaluate the model on one set of pairs."""
     trained = Trained(Path("data/shards/labels.parquet"), Path(params.shard.clean.names))
-    with tracking.training_run_of(Path("models"), params) as tracker:
-        raw, embedded = Path("data/raw") / name, Path("data/embedded") / name
-        run(raw, embedded, trained, Path("reports") / name, params.evaluate, tracker)
+    run(Path("data/raw") / name, Path("data/embedded") / name, trained, Path("reports") / name, params.evaluate)
 
 
 if __name__ == "__main__":

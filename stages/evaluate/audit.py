@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from pipeline import pages, tables
 from pipeline.entry import stage
 from pipeline.params import PAIRED, Audit, Params
-from pipeline.tracking import training_run_of
 from stages.evaluate import features
 
 log = logging.getLogger(__name__)
@@ -257,11 +256,7 @@ def main(params: Params) -> None:
     """Audit the training set by the model of this folder."""
     aligned, embedded, out = Path("data/aligned"), Path("data/embedded"), Path("reports/audit")
     out.mkdir(parents=True, exist_ok=True)
-    metrics = run(embedded, aligned, (*PAIRED, "probes"), Path("data/shards"), out, params.audit)
-    with training_run_of(Path("models"), params) as tracker:
-        tracker.log_metrics({f"audit/{name}": value for name, value in metrics.items()})
-        for name in ("suspects.csv", "index.html"):
-            tracker.log_artifact(out / name, "audit")
+    run(embedded, aligned, (*PAIRED, "probes"), Path("data/shards"), out, params.audit)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from pipeline.entry import stage
 from pipeline.executor import choose_device, keep_memory
 from pipeline.params import Evaluate, Params
 from pipeline.tables import atomic
-from pipeline.tracking import NoRun, training_run_of
 from stages.align.decode import UnreadableImage, decode
 from stages.download.protocols import Pair
 from stages.evaluate import scoring, uncertainty
@@ -31,8 +30,8 @@ from stages.evaluate.foreign import read_csv
 from stages.evaluate.leaks import check_leaks
 from stages.evaluate.models import Embedder, load_embedder
 from stages.evaluate.photographs import align_files
-from stages.evaluate.run import RESULTS, Trained, measure
-from stages.evaluate.scoring import EXTRA, Options, Scored
+from stages.evaluate.run import Trained, measure
+from stages.evaluate.scoring import EXTRA, FIGURES, FILES, Options, Scored
 from stages.evaluate.verification import EvaluationError
 from stages.train.faces import FaceError, middle
 
@@ -56,7 +55,7 @@ _DAMAGE = (
 """What unpickling a file ends in that is no pickle, or no longer one."""
 
 
-def run(folder: Path, model: Embedder, trained: Trained | None, out: Path, params: Params, tracker: NoRun) -> None:
+def run(folder: Path, model: Embedder, trained: Trained | None, out: Path, params: Params) -> None:
     """Evaluate a model on every set of a folder, each as `stages.evaluate.run` does.
 
     Args:
@@ -66,7 +65,6 @@ def run(folder: Path, model: Embedder, trained: Trained | None, out: Path, param
             .bin has no names); None where it cannot be known.
         out: folder of the results; earlier ones are removed, and nothing else.
         params: sections align, evaluate and machine.
-        tracker: the MLflow run of the model's training, or a `NoRun`.
 
     Raises:
         EvaluationError: there is no such folder, a file is not what it should be, or people are in both sets and
@@ -74,7 +72,7 @@ def run(folder: Path, model: Embedder, trained: Trained | None, out: Path, param
     """
     for path in _begin(folder, out):
         try:
-            _evaluate(path, model, trained, out / path.stem, params, tracker)
+            _evaluate(path, model, trained, out / path.stem, params)
         except EvaluationError as error:
             if str(error).startswith(str(path)):
                 raise
@@ -95,7 +93,7 @@ def _begin(folder: Path, out: Path) -> list[Path]:
     return files
 
 
-def _evaluate(path: Path, model: Embedder, trained: Trained | None, out: Path, params: Params, tracker: NoRun) -> None:
+def _evaluate(path: Path, model: Embedder, trained: Trained | None, out: Path, params: Params) -> None:
     undetected, leaked = None, None
     if path.suffix.lower() == ".bin":
         scored = _bin(path, model, params)
@@ -104,7 +102,7 @@ def _evaluate(path: Path, model: Embedder, trained: Trained | None, out: Path, p
         leaked = _leaked(path, pairs, trained, params)
         scored, undetected = _csv(path, pairs, model, params)
     options, name = Options(params.evaluate.flip, params.evaluate.centre), EXTRA.format(path.stem)
-    measure(scored, options, model.digest, out, params.evaluate, tracker, name, undetected, leaked)
+    measure(scored, options, model.digest, out, params.evaluate, name, undetected, leaked)
 
 
 def _leaked(path: Path, pairs: list[Pair], trained: Trained | None, params: Params) -> int | None:
@@ -138,7 +136,7 @@ def find_sets(folder: Path) -> list[Path]:
 def _clear(out: Path) -> None:
     """Remove the results of earlier sets, which may not be there any more."""
     for folder in [file.parent for file in out.glob("*/metrics.json")]:
-        for name in RESULTS:
+        for name in (*FILES, *FIGURES):
             (folder / name).unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()
@@ -257,8 +255,7 @@ def main(params: Params) -> None:
         models = Path("models")
         model = load_embedder(models, choose_device(params.machine.device))
         trained = Trained(Path("data/shards/labels.parquet"), Path(params.shard.clean.names))
-        with training_run_of(models, params) as tracker:
-            run(folder, model, trained, out, params, tracker)
+        run(folder, model, trained, out, params)
     else:  # the usual, which takes no model
         _begin(folder, out)
     with atomic(out / "sets.txt") as path:  # there at any rate, for of an empty folder DVC warns

@@ -18,7 +18,6 @@ from pipeline.entry import stage
 from pipeline.executor import choose_device, enough_gpu_memory
 from pipeline.pages import save_png
 from pipeline.params import Evaluate, Params
-from pipeline.tracking import NoRun, training_run_of
 from stages.evaluate import features, figures, scoring
 from stages.evaluate.identification import RANKS, Identification, identify
 from stages.evaluate.leaks import check_leaks
@@ -39,7 +38,6 @@ def run(
     out: Path,
     params: Evaluate,
     device: torch.device,
-    tracker: NoRun,
 ) -> dict[str, Any]:
     """Write metrics.json, cmc.csv and cmc.png.
 
@@ -53,7 +51,6 @@ def run(
         out: folder of the results.
         params: section evaluate of params.yaml.
         device: where products are computed.
-        tracker: the MLflow run of the model's training, or a `NoRun`.
 
     Returns:
         The content of metrics.json.
@@ -94,7 +91,6 @@ def run(
         "undetected": undetected,
     }
     _write(out, content, found)
-    _track(tracker, out, found)
     last = found.identified()[-1]
     log.info("megaface: rank-1 %.2f%% among %s distractors", 100 * last, f"{found.counts[-1]:,}")
     return content
@@ -187,21 +183,6 @@ def _write(out: Path, content: dict[str, Any], found: Identification | None) -> 
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _track(tracker: NoRun, out: Path, found: Identification) -> None:
-    rates = found.true_accept_rates()
-    for c, (count, share) in enumerate(zip(found.counts, found.identified().tolist(), strict=True)):
-        values = {f"megaface/rank_1_of_{count}": share}
-        values |= {
-            f"megaface/tar_at_far_{far:g}_of_{count}": rate
-            for far, rate in zip(found.fars, rates[c].tolist(), strict=True)
-            if not np.isnan(rate)
-        }
-        tracker.log_metrics(values)
-    tracker.log_figure(out / "cmc.png", "megaface/cmc.png")
-    for file in ("metrics.json", "cmc.csv"):
-        tracker.log_artifact(out / file, "megaface")
-
-
 def main(params: Params) -> None:
     """Identify the probes by the model of this folder."""
     embedded, out = Path("data/embedded"), Path("reports/megaface")
@@ -209,8 +190,8 @@ def main(params: Params) -> None:
     trained = Trained(Path("data/shards/labels.parquet"), Path(params.shard.clean.names))
     device = choose_device(params.machine.device)
     otherwise = "end what else uses it, or set machine.device to cpu"
-    with training_run_of(Path("models"), params) as tracker, enough_gpu_memory(otherwise):
-        run(embedded / "probes", embedded / "distractors", trained, out, params.evaluate, device, tracker)
+    with enough_gpu_memory(otherwise):
+        run(embedded / "probes", embedded / "distractors", trained, out, params.evaluate, device)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ The page follows from the run's files and params.yaml alone: no clock, no machin
 """
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipeline.params import SETS, Params, Synthetic, flatten
 from pipeline.tracking import training_run_of
 from stages.evaluate import figures, scoring
 from stages.evaluate.features import blocks, choose_frames, matrix
+from stages.evaluate.record import extra_sets, read_json, record
 from stages.evaluate.scoring import EXTRA, Scored
 from stages.evaluate.verification import EvaluationError, Metrics
 
@@ -122,9 +122,8 @@ def build(reports: Path, models: Path, aligned: Path, embedded: Path, out: Path,
         EvaluationError, TableError, OSError: something the page shows is absent or unreadable.
     """
     protocols = [_protocol(name, reports / name, aligned / name, params) for name in PROTOCOLS]
-    extra = sorted(path.name for path in (reports / "extra").iterdir() if (path / "scores.parquet").exists())
-    protocols += [_protocol(EXTRA.format(name), reports / "extra" / name, None, params) for name in extra]
-    megaface = _read_json(reports / "megaface" / "metrics.json")
+    protocols += [_protocol(EXTRA.format(each.name), each, None, params) for each in extra_sets(reports)]
+    megaface = read_json(reports / "megaface" / "metrics.json")
     plane = _map(embedded / "lfw", params)
     pages.save_png(plane, out.with_name("map.png"))
     pages.render(
@@ -136,14 +135,14 @@ def build(reports: Path, models: Path, aligned: Path, embedded: Path, out: Path,
         interval=_interval,
         cmc=_cmc(reports / "megaface" / "cmc.csv") if "why" not in megaface else None,
         map=to_svg(plane, "map"),
-        trained=_read_json(models / "train.json"),
+        trained=read_json(models / "train.json"),
         head=params.train.head,
         backbone=params.train.backbone,
         training=_training_charts(models / "history.csv"),
         counts=[{"set": name} | _counts(_alignment(reports, name)) for name in SETS],
         left_out={name: count for name, count in _shards(reports)["dropped"].items() if count},
         shards=_shards(reports),
-        audit=_read_json(reports / "audit" / "metrics.json"),
+        audit=read_json(reports / "audit" / "metrics.json"),
         seen=pages.data_uri((models / "faces.png").read_bytes(), "image/png"),
         samples=_samples(aligned / "train"),
         parameters={name: flatten(getattr(params, name), name) for name in SHOWN_SECTIONS},
@@ -218,7 +217,7 @@ def _protocol(name: str, results: Path, aligned: Path | None, params: Params) ->
         name=name,
         title=f"{_title(name, params)} pairs",
         metrics=metrics,
-        found=_read_json(results / "metrics.json"),
+        found=read_json(results / "metrics.json"),
         different=int((~scored.same).sum()),
         charts={
             "ROC": to_svg(figures.roc_figure(metrics), f"{name}-roc"),
@@ -343,29 +342,11 @@ def _counts(alignment: dict[str, Any]) -> dict[str, int]:
 
 
 def _alignment(reports: Path, name: str) -> dict[str, Any]:
-    return _read_json(reports / "align" / name / "metrics.json")
+    return read_json(reports / "align" / name / "metrics.json")
 
 
 def _shards(reports: Path) -> dict[str, Any]:
-    return _read_json(reports / "shard" / "metrics.json")
-
-
-def _flat(values: dict[str, Any], prefix: str) -> dict[str, float]:
-    """Numbers by the names that MLflow shows, `{"align/train/score/median": 0.998, ...}`; without what is null."""
-    flat: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}/{key}")
-        elif value is not None:
-            flat[f"{prefix}/{key}"] = value
-    return flat
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EvaluationError(f"{path}: not JSON: {error}") from error
+    return read_json(reports / "shard" / "metrics.json")
 
 
 def main(params: Params) -> None:
@@ -380,11 +361,7 @@ def main(params: Params) -> None:
     with tables.atomic(reports / "verdict.txt") as path:
         path.write_text(verdict, encoding="utf-8")
     with training_run_of(Path("models"), params) as tracker:
-        for name in SETS:
-            tracker.log_metrics(_flat(_alignment(reports, name), f"align/{name}"))
-        tracker.log_metrics(_flat(_shards(reports), "shard"))
-        tracker.log_figure(reports / "map.png", "lfw/map.png")
-        tracker.log_artifact(page, "report")
+        record(reports, tracker)
     print(verdict, end="")
 
 

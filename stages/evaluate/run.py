@@ -11,18 +11,13 @@ from numpy.typing import NDArray
 from pipeline import tables
 from pipeline.pages import save_png
 from pipeline.params import Evaluate
-from pipeline.tracking import MODEL_TAG, NoRun
+from pipeline.tracking import MODEL_TAG
 from stages.evaluate import features, figures, scoring, uncertainty
 from stages.evaluate.leaks import check_leaks
 from stages.evaluate.scoring import FLIP, Options, Scored
 from stages.evaluate.verification import EvaluationError, Metrics, Roc
 
 log = logging.getLogger(__name__)
-
-_FIGURES = ("roc.png", "det.png", "scores.png", "folds.png")
-_FILES = ("metrics.json", "scores.parquet", "roc.csv")
-RESULTS = (*_FILES, *_FIGURES)
-"""What `run` and `measure` write."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,7 @@ class Trained:
     """shard.clean.names."""
 
 
-def run(raw: Path, embedded: Path, trained: Trained | None, out: Path, params: Evaluate, tracker: NoRun) -> Metrics:
+def run(raw: Path, embedded: Path, trained: Trained | None, out: Path, params: Evaluate) -> Metrics:
     """Score the pairs of one set and write metrics.json, scores.parquet, roc.csv, and figures as PNG.
 
     All pairs count: an image or video without a detected face is used as its centre crop, and a pair of which one
@@ -47,7 +42,6 @@ def run(raw: Path, embedded: Path, trained: Trained | None, out: Path, params: E
         trained: for the check that no person is in both sets; None where that cannot be known.
         out: folder of the results.
         params: section evaluate of params.yaml.
-        tracker: the MLflow run of the model's training, or a `NoRun`.
 
     Raises:
         EvaluationError: the pairs or images cannot be evaluated, or people are in both sets and `leaks` refuses that.
@@ -78,7 +72,7 @@ def run(raw: Path, embedded: Path, trained: Trained | None, out: Path, params: E
             embedded.name, undetected, lost, scoring.UNUSABLE_SCORE,
         )  # fmt: skip
     model = tables.metadata(tables.parts(embedded)[0], MODEL_TAG)
-    return measure(scored, options, model, out, params, tracker, embedded.name, undetected, leaked)
+    return measure(scored, options, model, out, params, embedded.name, undetected, leaked)
 
 
 def measure(
@@ -87,7 +81,6 @@ def measure(
     model: str | None,
     out: Path,
     params: Evaluate,
-    tracker: NoRun,
     name: str,
     undetected: int | None,
     leaked: int | None = None,
@@ -100,7 +93,6 @@ def measure(
         model: the digest of the model whose they are; None where that is not known.
         out: folder of the results.
         params: section evaluate of params.yaml.
-        tracker: the MLflow run of the model's training, or a `NoRun`.
         name: of the set.
         undetected: pairs that touch an image or video without a detected face; None where that is not known.
         leaked: people who are trained on; None where that is not known.
@@ -119,7 +111,6 @@ def measure(
     save_png(figures.folds_figure(metrics), out / "folds.png")
     with tables.atomic(out / "metrics.json") as path:
         path.write_text(scoring.as_json(scoring.summary(metrics, intervals, options, undetected, leaked)) + "\n")
-    _track(tracker, name, out, metrics)
     log.info("%s: accuracy %.2f%% ± %.2f", name, 100 * metrics.accuracy, 100 * metrics.accuracy_se)
     return metrics
 
@@ -134,13 +125,3 @@ def _index(pairs: pa.Table) -> tuple[list[str], NDArray[np.int64], NDArray[np.in
 
 def _points(roc: Roc) -> list[tuple[float, float]]:
     return list(zip(roc.far.tolist(), roc.tar.tolist(), strict=True))
-
-
-def _track(tracker: NoRun, name: str, out: Path, metrics: Metrics) -> None:
-    values = {key: getattr(metrics, key) for key in ("accuracy_std", "accuracy_se", "threshold")}
-    values |= {key: value for key, value in metrics.figures.items() if value is not None}
-    tracker.log_metrics({f"{name}/{key}": value for key, value in values.items()})
-    for figure in _FIGURES:
-        tracker.log_figure(out / figure, f"{name}/{figure}")
-    for file in _FILES:
-        tracker.log_artifact(out / file, name)

@@ -37,6 +37,9 @@ BY_FOLD = pa.field("by_fold", pa.list_(pa.float32()))
 """Of centred scores only: the pair's score with each fold's mean in turn, folds in increasing order."""
 EXTRA = "extra/{}"
 """What a set of `evaluate.extra` is called, whatever its file is called: extra/lfw is not lfw."""
+FIGURES = ("roc.png", "det.png", "scores.png", "folds.png")
+FILES = ("metrics.json", "scores.parquet", "roc.csv")
+"""What a set's results are, beside its figures."""
 UNUSABLE_SCORE = -1.0
 """The lowest cosine: what a pair gets when one side has no image at all. The pair is counted, as LFW asks for."""
 DIGITS = 10

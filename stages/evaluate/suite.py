@@ -11,7 +11,7 @@ from typing import Any
 from pipeline import tables
 from pipeline.executor import choose_device
 from pipeline.params import PAIRED, Params
-from pipeline.tracking import NoRun, model_digest
+from pipeline.tracking import model_digest
 from stages.evaluate import extra, foreign, identify
 from stages.evaluate.embed import embed_set
 from stages.evaluate.models import Embedder
@@ -50,11 +50,11 @@ def evaluate_model(model: Embedder, protocols: Sequence[str], out: Path, params:
         if name == "megaface":
             device = choose_device(params.machine.device)
             probes, distractors = map(embedded, MEGAFACE)
-            identify.run(probes, distractors, trained, out / name, params.evaluate, device, NoRun())
+            identify.run(probes, distractors, trained, out / name, params.evaluate, device)
         elif name == "extra":
-            extra.run(Path(params.evaluate.extra), model, trained, out / name, params, NoRun())
+            extra.run(Path(params.evaluate.extra), model, trained, out / name, params)
         else:
-            run(Path("data/raw") / name, embedded(name), trained, out / name, params.evaluate, NoRun())
+            run(Path("data/raw") / name, embedded(name), trained, out / name, params.evaluate)
 
 
 def check(protocols: Sequence[str], out: Path | None, params: Params) -> None:

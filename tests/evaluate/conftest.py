@@ -14,7 +14,6 @@ from torch import nn
 
 from pipeline.params import SETS, Backbone, MegaFace, load_params
 from pipeline.tables import ALIGNED, LABELS, PAIRS, part_path, write_table
-from pipeline.tracking import NoRun
 from stages.evaluate import identify
 from stages.evaluate.embed import embed_set
 from stages.evaluate.models import load_embedder
@@ -132,8 +131,8 @@ def reports(workspace: Workspace) -> Path:
     """The reports folder with both sets evaluated."""
     for name in ("lfw", "ytf"):
         out = workspace.reports / name
-        run(workspace.raw / name, workspace.embedded / name, workspace.trained, out, EVALUATE, NoRun())
+        run(workspace.raw / name, workspace.embedded / name, workspace.trained, out, EVALUATE)
     sets = (workspace.embedded / "probes", workspace.embedded / "distractors")
-    identify.run(*sets, workspace.trained, workspace.reports / "megaface", EVALUATE, torch.device("cpu"), NoRun())
+    identify.run(*sets, workspace.trained, workspace.reports / "megaface", EVALUATE, torch.device("cpu"))
     (workspace.reports / "extra").mkdir()
     return workspace.reports

@@ -17,7 +17,6 @@ from sklearn.metrics import roc_auc_score
 
 from pipeline.params import Evaluate, MegaFace
 from pipeline.tables import ALIGNED, EMBEDDED, LABELS, PAIRS, part_path, read_parts, read_table, write_table
-from pipeline.tracking import NoRun
 from stages.evaluate import identify, suite
 from stages.evaluate.run import Trained, run
 from stages.evaluate.scoring import SCORES
@@ -26,31 +25,15 @@ from stages.train.model import load_model
 from tests.evaluate.conftest import EVALUATE, Workspace
 from tests.evaluate.test_identification import brute_force
 
-FILES = {"metrics.json", "scores.parquet", "roc.csv", "roc.png", "det.png", "scores.png", "folds.png"}
+RESULTS = {"metrics.json", "scores.parquet", "roc.csv", "roc.png", "det.png", "scores.png", "folds.png"}
 KEYS = {"accuracy", "accuracy_se", "accuracy_std", "auc", "eer", "pairs", "tar_at_far", "threshold", "undetected"}
 KEYS |= {"bootstrap_over", "centre", "flip", "fold_accuracy", "intervals", "leaked_identities", "unresolved"}
-
-
-class Recorder(NoRun):
-    """Remembers what would go to MLflow."""
-
-    def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
-        self.files: list[str] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        assert step is None
-        self.metrics |= metrics
-
-    def log_figure(self, path: Path, artifact_name: str) -> None:
-        assert path.exists()
-        self.files.append(artifact_name)
 
 
 @pytest.mark.parametrize("name", ["lfw", "ytf"])
 def test_results_agree_with_each_other_and_with_the_input(workspace: Workspace, reports: Path, name: str) -> None:
     out = reports / name
-    assert {path.name for path in out.iterdir()} == FILES
+    assert {path.name for path in out.iterdir()} == RESULTS
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics) == KEYS
     assert metrics["leaked_identities"] == 0
@@ -88,16 +71,10 @@ def test_scores_by_hand(workspace: Workspace, reports: Path) -> None:
             assert pair["score"] == pytest.approx(cosine, abs=1e-5)
 
 
-def test_again_the_same_bytes_and_tracked_by_set(workspace: Workspace, reports: Path, tmp_path: Path) -> None:
-    recorder = Recorder()
-    run(workspace.raw / "lfw", workspace.embedded / "lfw", workspace.trained, tmp_path, EVALUATE, recorder)
-    for name in FILES:
+def test_again_the_same_bytes(workspace: Workspace, reports: Path, tmp_path: Path) -> None:
+    run(workspace.raw / "lfw", workspace.embedded / "lfw", workspace.trained, tmp_path, EVALUATE)
+    for name in RESULTS:
         assert (tmp_path / name).read_bytes() == (reports / "lfw" / name).read_bytes(), name
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert recorder.metrics["lfw/accuracy"] == pytest.approx(metrics["accuracy"], abs=1e-9)
-    assert recorder.metrics["lfw/tar_at_far_0.1"] == pytest.approx(metrics["tar_at_far"]["0.1"], abs=1e-9)
-    assert "lfw/tar_at_far_0.001" not in recorder.metrics  # 30 different pairs cannot resolve it
-    assert recorder.files == ["lfw/roc.png", "lfw/det.png", "lfw/scores.png", "lfw/folds.png"]
 
 
 def test_roc_csv_is_a_curve(reports: Path) -> None:
@@ -112,7 +89,7 @@ def test_roc_csv_is_a_curve(reports: Path) -> None:
 
 def test_pairs_name_an_absent_image(workspace: Workspace, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="images or videos of the pairs are not there"):
-        run(workspace.raw / "lfw", workspace.embedded / "ytf", None, tmp_path / "out", EVALUATE, NoRun())
+        run(workspace.raw / "lfw", workspace.embedded / "ytf", None, tmp_path / "out", EVALUATE)
     assert not (tmp_path / "out").exists()
 
 
@@ -127,9 +104,9 @@ def test_people_who_are_trained_on_are_refused_or_told(workspace: Workspace, tmp
     trained = Trained(tmp_path / "labels.parquet", tmp_path / "names.txt")
     folders = (workspace.raw / "lfw", workspace.embedded / "lfw", trained, tmp_path / "out")
     with pytest.raises(EvaluationError, match=r"lfw: 2 of its people are trained on: 3 \(0000045\), 5\. Leave them"):
-        run(*folders, EVALUATE, NoRun())
+        run(*folders, EVALUATE)
     assert not (tmp_path / "out").exists()
-    run(*folders, EVALUATE.model_copy(update={"leaks": "report"}), NoRun())
+    run(*folders, EVALUATE.model_copy(update={"leaks": "report"}))
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["leaked_identities"] == 2
 
 
@@ -204,8 +181,7 @@ def test_identification_is_the_brute_force_on_what_is_embedded(flip: str, tmp_pa
     write_table(tmp_path / "labels.parquet", pa.Table.from_pylist(people_trained_on, LABELS), LABELS)
     (tmp_path / "names.txt").write_text("")
     trained = Trained(tmp_path / "labels.parquet", tmp_path / "names.txt")
-    recorder = Recorder()
-    identify.run(probes, distractors, trained, tmp_path / "out", section, torch.device("cpu"), recorder)
+    identify.run(probes, distractors, trained, tmp_path / "out", section, torch.device("cpu"))
     metrics = assert_identified(tmp_path / "out", probes, distractors, section)
     assert (metrics["people"], metrics["pairs"]) == (4, 4 * 3 + 4 * 3 + 3 * 2 + 3 * 2)
     assert (metrics["undetected"], metrics["leaked_identities"], metrics["flip"]) == (3, 0, flip)
@@ -214,10 +190,6 @@ def test_identification_is_the_brute_force_on_what_is_embedded(flip: str, tmp_pa
     tar = metrics["distractors"]["59"]["tar_at_far"]
     assert 1 > tar["0.1"] > tar["0.01"] > 0
     assert tar["0.0001"] is None
-    for count, of_count in metrics["distractors"].items():
-        assert recorder.metrics[f"megaface/rank_1_of_{count}"] == pytest.approx(of_count["rank_1"], abs=1e-9)
-    assert recorder.metrics["megaface/tar_at_far_0.1_of_59"] == pytest.approx(tar["0.1"], abs=1e-9)
-    assert "megaface/tar_at_far_0.0001_of_59" not in recorder.metrics
 
 
 def test_probes_who_are_trained_on_are_refused_or_told(workspace: Workspace, tmp_path: Path) -> None:
@@ -231,12 +203,12 @@ def test_probes_who_are_trained_on_are_refused_or_told(workspace: Workspace, tmp
     with pytest.raises(
         EvaluationError, match=r"probes: 2 of its people are trained on: 10 \(0000045\), 12 \(b\)\. Leave them"
     ):
-        identify.run(*sets, trained, tmp_path / "out", EVALUATE, cpu, NoRun())
+        identify.run(*sets, trained, tmp_path / "out", EVALUATE, cpu)
     assert not (tmp_path / "out").exists()
     report = EVALUATE.model_copy(update={"leaks": "report"})
-    assert identify.run(*sets, trained, tmp_path / "out", report, cpu, NoRun())["leaked_identities"] == 2
+    assert identify.run(*sets, trained, tmp_path / "out", report, cpu)["leaked_identities"] == 2
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["leaked_identities"] == 2
-    assert identify.run(*sets, None, tmp_path / "out", EVALUATE, cpu, NoRun())["leaked_identities"] is None
+    assert identify.run(*sets, None, tmp_path / "out", EVALUATE, cpu)["leaked_identities"] is None
 
 
 def test_identification_of_the_embedded_sets(workspace: Workspace, reports: Path, tmp_path: Path) -> None:
@@ -258,7 +230,7 @@ def test_identification_of_the_embedded_sets(workspace: Workspace, reports: Path
     assert curve[-1] == "30,100,1.0"  # of 31 in the gallery, everyone is among the first 100
     # again, the same bytes
     sets = (workspace.embedded / "probes", workspace.embedded / "distractors", workspace.trained)
-    identify.run(*sets, tmp_path / "again", EVALUATE, torch.device("cpu"), NoRun())
+    identify.run(*sets, tmp_path / "again", EVALUATE, torch.device("cpu"))
     for path in (reports / "megaface").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
@@ -272,7 +244,7 @@ def without(
     megaface = EVALUATE.megaface.model_copy(update={"noise": str(path), "distractors": list(distractors)})
     section = EVALUATE.model_copy(update={"megaface": megaface})
     sets = (workspace.embedded / "probes", workspace.embedded / "distractors", workspace.trained)
-    return identify.run(*sets, folder / "out", section, torch.device("cpu"), NoRun())
+    return identify.run(*sets, folder / "out", section, torch.device("cpu"))
 
 
 def test_noise_is_left_out_as_published_lists_name_it(workspace: Workspace, tmp_path: Path) -> None:
@@ -322,7 +294,7 @@ def test_noise_that_cannot_be_left_out_is_said(workspace: Workspace, tmp_path: P
 def test_without_photographs_there_is_no_identification(workspace: Workspace, tmp_path: Path) -> None:
     write_table(tmp_path / "none" / "part-00000.parquet", EMBEDDED.empty_table(), EMBEDDED)
     sets = (workspace.embedded / "probes", tmp_path / "none", None)
-    found = identify.run(*sets, tmp_path / "out", EVALUATE, torch.device("cpu"), NoRun())
+    found = identify.run(*sets, tmp_path / "out", EVALUATE, torch.device("cpu"))
     assert found == {"why": "download.distractors has no photographs"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "cmc.csv", "cmc.png"}
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pipeline.params import Params
 from pipeline.tables import LABELS, write_table
-from pipeline.tracking import NoRun
 from stages.download import synthetic
 from stages.evaluate.comparison import compare_runs, stored_scores
 from stages.evaluate.extra import read_bin, run
@@ -52,28 +51,12 @@ def write_bin(path: Path, pairs: int, protocol: int) -> list[bool]:
     return same
 
 
-class Recorder(NoRun):
-    """Remembers by what names something would go to MLflow."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.names += metrics
-
-    def log_figure(self, path: Path, artifact_name: str) -> None:
-        self.names.append(artifact_name)
-
-    def log_artifact(self, path: Path, folder: str) -> None:
-        self.names.append(f"{folder}/{path.name}")
-
-
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_bin_is_ten_folds_of_aligned_faces(tmp_path: Path, here: Params, protocol: int) -> None:
     (tmp_path / "in").mkdir()
     same = write_bin(tmp_path / "in" / "cfp_fp.bin", 40, protocol)
     (tmp_path / "in" / "README.md").write_text("passed over")
-    run(tmp_path / "in", MODEL, None, tmp_path / "out", here, NoRun())
+    run(tmp_path / "in", MODEL, None, tmp_path / "out", here)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["cfp_fp"]
     metrics = json.loads((tmp_path / "out" / "cfp_fp" / "metrics.json").read_text())
     assert (metrics["pairs"], metrics["bootstrap_over"], metrics["undetected"]) == (40, "pairs", None)
@@ -131,7 +114,7 @@ def test_an_image_that_is_none_is_named(tmp_path: Path, here: Params) -> None:
     good = jpeg(face_like(0, 0))
     (tmp_path / "a.bin").write_bytes(pickle.dumps(([good, b"\xff\xd8 none"] * 20, [True, False] * 10)))
     with pytest.raises(EvaluationError, match=r"a\.bin: image 1: "):
-        run(tmp_path, MODEL, None, tmp_path / "out", here, NoRun())
+        run(tmp_path, MODEL, None, tmp_path / "out", here)
 
 
 def test_pairs_of_ones_own_photographs(tmp_path: Path, here: Params) -> None:
@@ -148,14 +131,14 @@ def test_pairs_of_ones_own_photographs(tmp_path: Path, here: Params) -> None:
     rows += [("photos/0_0.jpg", "photos/wall.jpg", 0, 1)]
     with (folder / "mine.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("left", "right", "same", "fold"), *rows])
-    run(folder, MODEL, None, tmp_path / "out", here, NoRun())
+    run(folder, MODEL, None, tmp_path / "out", here)
     metrics = json.loads((tmp_path / "out" / "mine" / "metrics.json").read_text())
     assert (metrics["pairs"], metrics["undetected"]) == (9, 1)
     scored = Scored.read(tmp_path / "out" / "mine" / "scores.parquet")
     assert list(zip(scored.left, scored.right, scored.same.astype(int), scored.fold, strict=True)) == rows
     (folder / "photos" / "wall.jpg").unlink()
     with pytest.raises(EvaluationError, match=r"mine\.csv: 1 photographs are not there, as .*wall\.jpg"):
-        run(folder, MODEL, None, tmp_path / "again", here, NoRun())
+        run(folder, MODEL, None, tmp_path / "again", here)
 
 
 def test_people_who_are_trained_on_are_looked_for_where_folders_tell_them(tmp_path: Path, here: Params) -> None:
@@ -173,10 +156,10 @@ def test_people_who_are_trained_on_are_looked_for_where_folders_tell_them(tmp_pa
     write_table(trained.labels, pa.Table.from_pylist(people, LABELS), LABELS)
     trained.names.write_text("0000045 Ada\n")
     with pytest.raises(EvaluationError, match=r"^\S*mine\.csv: 2 of its people are trained on: Ada \(0000045\), Bob"):
-        run(folder, MODEL, trained, tmp_path / "out", here, NoRun())
+        run(folder, MODEL, trained, tmp_path / "out", here)
     report = here.model_copy(update={"evaluate": here.evaluate.model_copy(update={"leaks": "report"})})
     for whom, leaked in ((trained, 2), (None, None)):
-        run(folder, MODEL, whom, tmp_path / "out", report, NoRun())
+        run(folder, MODEL, whom, tmp_path / "out", report)
         metrics = json.loads((tmp_path / "out" / "mine" / "metrics.json").read_text())
         assert (metrics["leaked_identities"], metrics["bootstrap_over"]) == (leaked, "identities")
 
@@ -188,7 +171,7 @@ def test_it_is_told_where_nobody_is_looked_for(tmp_path: Path, here: Params, cap
     rows = "".join(f"{i}0.jpg,{i}1.jpg,1\n{i}0.jpg,{(i + 1) % 4}1.jpg,0\n" for i in range(4))
     (tmp_path / "MINE.CSV").write_text("left,right,same\n" + rows)
     with caplog.at_level("INFO"):
-        run(tmp_path, MODEL, Trained(tmp_path / "absent", tmp_path / "absent"), tmp_path / "out", here, NoRun())
+        run(tmp_path, MODEL, Trained(tmp_path / "absent", tmp_path / "absent"), tmp_path / "out", here)
     assert f"{tmp_path}: passed over 8 .jpg" in caplog.messages
     assert any("MINE.CSV: people who are trained on are not looked for" in line for line in caplog.messages)
     assert json.loads((tmp_path / "out" / "MINE" / "metrics.json").read_text())["leaked_identities"] is None
@@ -199,7 +182,7 @@ def test_a_set_that_cannot_be_measured_is_named(tmp_path: Path, here: Params) ->
     images, _ = read_bin(tmp_path / "a.bin")
     (tmp_path / "a.bin").write_bytes(pickle.dumps((images, [True] * 40)))
     with pytest.raises(EvaluationError, match=r"^.*/a\.bin: 40 pairs, 40 of the same person"):
-        run(tmp_path, MODEL, None, tmp_path / "out", here, NoRun())
+        run(tmp_path, MODEL, None, tmp_path / "out", here)
 
 
 def test_two_sets_of_one_shape_are_not_the_same_pairs(tmp_path: Path, here: Params) -> None:
@@ -209,29 +192,20 @@ def test_two_sets_of_one_shape_are_not_the_same_pairs(tmp_path: Path, here: Para
     write_bin(tmp_path / "in" / "again.bin", 40, 4)
     images, same = read_bin(tmp_path / "in" / "again.bin")
     (tmp_path / "in" / "lfw.bin").write_bytes(pickle.dumps((images[4:] + images[:4], same)))
-    run(tmp_path / "in", MODEL, None, tmp_path / "out", here, NoRun())
+    run(tmp_path / "in", MODEL, None, tmp_path / "out", here)
     one, again, other = (stored_scores(tmp_path / "out" / name) for name in ("agedb_30", "again", "lfw"))
     compare_runs(one, again, here.evaluate)
     with pytest.raises(EvaluationError, match=r"the pairs are not the same: .*agedb_30/scores\.parquet has 40 that"):
         compare_runs(one, other, here.evaluate)
 
 
-def test_what_is_called_as_a_set_of_the_project_is_recorded_apart_from_it(tmp_path: Path, here: Params) -> None:
-    (tmp_path / "in").mkdir()
-    write_bin(tmp_path / "in" / "lfw.bin", 40, 4)
-    recorder = Recorder()
-    run(tmp_path / "in", MODEL, None, tmp_path / "out", here, recorder)
-    assert {"extra/lfw/accuracy", "extra/lfw/roc.png", "extra/lfw/scores.parquet"} <= set(recorder.names)
-    assert all(name.startswith("extra/lfw/") for name in recorder.names)
-
-
 def test_nothing_there_is_no_error(tmp_path: Path, here: Params) -> None:
-    run(tmp_path, MODEL, None, tmp_path / "out", here, NoRun())
+    run(tmp_path, MODEL, None, tmp_path / "out", here)
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(
         EvaluationError, match=r"nosuch: no such folder, though evaluate\.extra in params\.yaml names it"
     ):
-        run(tmp_path / "nosuch", MODEL, None, tmp_path / "out", here, NoRun())
+        run(tmp_path / "nosuch", MODEL, None, tmp_path / "out", here)
 
 
 def test_of_what_lies_in_the_folder_of_results_only_results_are_removed(tmp_path: Path, here: Params) -> None:
@@ -240,10 +214,10 @@ def test_of_what_lies_in_the_folder_of_results_only_results_are_removed(tmp_path
         write_bin(tmp_path / "in" / f"{name}.bin", 40, 4)
     (tmp_path / "out" / "photos").mkdir(parents=True)
     (tmp_path / "out" / "photos" / "a.jpg").write_bytes(b"mine")
-    run(tmp_path / "in", MODEL, None, tmp_path / "out", here, NoRun())
+    run(tmp_path / "in", MODEL, None, tmp_path / "out", here)
     (tmp_path / "out" / "two" / "notes.txt").write_text("mine")
     for name in ("one", "two"):
         (tmp_path / "in" / f"{name}.bin").unlink()
-    run(tmp_path / "in", MODEL, None, tmp_path / "out", here, NoRun())
+    run(tmp_path / "in", MODEL, None, tmp_path / "out", here)
     left = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
     assert left == {"photos/a.jpg", "two/notes.txt"}

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.params import SETS, Local, Params
+from pipeline.params import SETS, Local, Params, load_params
 from pipeline.tables import ALIGNED, read_parts, read_table
 from stages.evaluate.report import build, worst_errors
 from stages.evaluate.scoring import SCORES, Scored
 from stages.evaluate.verification import EvaluationError
+from tests.conftest import ROOT
 from tests.evaluate.conftest import Workspace
 
 
@@ -47,9 +48,21 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def page_of(workspace: Workspace, reports: Path, out: Path, params: Params) -> str:
-    build(reports, workspace.models, workspace.aligned, workspace.embedded, out, params)
-    return out.read_text(encoding="utf-8")
+def built(workspace: Workspace, reports: Path, out: Path, params: Params) -> tuple[str, list[str]]:
+    """The page and the verdict's lines."""
+    lines = build(reports, workspace.models, workspace.aligned, workspace.embedded, out, params)
+    return out.read_text(encoding="utf-8"), lines
+
+
+@pytest.fixture(scope="module")
+def made(workspace: Workspace, reports: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
+    """Of the workspace, by the repository's own params.yaml; it takes seconds."""
+    return built(workspace, reports, tmp_path_factory.mktemp("page") / "index.html", load_params(ROOT / "params.yaml"))
+
+
+@pytest.fixture
+def page(made: tuple[str, list[str]]) -> str:
+    return made[0]
 
 
 def assert_pictures_refer_to_themselves(text: str) -> None:
@@ -88,21 +101,17 @@ def test_errors_are_judged_by_the_threshold_of_their_fold() -> None:
     assert worst_errors(table, metrics) == ([2], [1])
 
 
-def test_page_fetches_nothing(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
-    text = page_of(workspace, reports, tmp_path / "index.html", params)
-    page = Page(text)
-    assert page.open == []  # every element is closed
+def test_page_fetches_nothing(page: str) -> None:
+    parsed = Page(page)
+    assert parsed.open == []  # every element is closed
     beside = {f"align/{name}/index.html" for name in SETS} | {"shard/index.html", "audit/index.html"}
-    assert all(value.startswith(("data:", "#")) or value in beside for value in page.fetched)
-    assert not re.findall(r"url\((?!#)|@import|<script|<iframe|<object", text)
-    assert_pictures_refer_to_themselves(text)
+    assert all(value.startswith(("data:", "#")) or value in beside for value in parsed.fetched)
+    assert not re.findall(r"url\((?!#)|@import|<script|<iframe|<object", page)
+    assert_pictures_refer_to_themselves(page)
 
 
-def test_page_shows_worst_pairs_and_their_faces(
-    workspace: Workspace, reports: Path, tmp_path: Path, params: Params
-) -> None:
-    text = page_of(workspace, reports, tmp_path / "index.html", params)
-    sections = re.split(r"<h2>", text)
+def test_page_shows_worst_pairs_and_their_faces(workspace: Workspace, reports: Path, page: str) -> None:
+    sections = re.split(r"<h2>", page)
     for name, index in (("lfw", 2), ("ytf", 3)):
         rows = read_table(reports / name / "scores.parquet", SCORES).to_pylist()
         highest = max((row for row in rows if not row["same"]), key=lambda row: row["score"])
@@ -136,7 +145,7 @@ def decided_rightly(rows: list[dict[str, Any]]) -> NDArray[np.bool_]:
 
 @pytest.mark.parametrize(("name", "index", "key"), [("lfw", 2, "image_id"), ("ytf", 3, "video")])
 def test_accuracy_by_part_is_that_of_its_pairs(
-    workspace: Workspace, reports: Path, tmp_path: Path, params: Params, name: str, index: int, key: str
+    workspace: Workspace, reports: Path, page: str, name: str, index: int, key: str
 ) -> None:
     """From scores.parquet and the aligned faces' boxes: a video's size is the mean of its detected frames'."""
     sizes: dict[str, list[float]] = {}
@@ -160,7 +169,7 @@ def test_accuracy_by_part_is_that_of_its_pairs(
         f"{low:.0f} to {high:.0f} pixels": (smaller >= low) & (smaller < high),
         f"{high:.0f} pixels and more": smaller >= high,
     }
-    text = re.split(r"<h2>", page_of(workspace, reports, tmp_path / "index.html", params))[index]
+    text = re.split(r"<h2>", page)[index]
     table = re.search(r"<h3>By detection and by face size</h3>.*?<tbody>(.*?)</tbody>", text, re.S)
     assert table is not None
     told = re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>", table[1])
@@ -168,24 +177,24 @@ def test_accuracy_by_part_is_that_of_its_pairs(
     assert len({accuracy for _, _, accuracy in told}) > 2
 
 
-def test_page_says_what_it_was_measured_on(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
-    text = page_of(workspace, reports, tmp_path / "index.html", params)
-    assert "Procedural faces." in text
-    assert "LFW-style pairs" in text
+def test_page_says_what_it_was_measured_on(
+    workspace: Workspace, reports: Path, tmp_path: Path, params: Params, page: str
+) -> None:
+    assert "Procedural faces." in page
+    assert "LFW-style pairs" in page
     folder = Local(source="folder", watch=["x"], location="mine<b>", pairs=None, pairs_sha256=None)
     own = params.model_copy(update={"download": params.download.model_copy(update={"lfw": folder, "ytf": folder})})
-    text = page_of(workspace, reports, tmp_path / "index.html", own)
+    text, _ = built(workspace, reports, tmp_path / "index.html", own)
     assert "Mixed data." in text
     assert "LFW-style" not in text
     assert "mine&lt;b&gt;" in text  # nothing from outside becomes markup
     rest = dict.fromkeys(("train", "probes", "distractors"), folder)
     every = own.model_copy(update={"download": own.download.model_copy(update=rest)})
-    assert "Photographs." in page_of(workspace, reports, tmp_path / "index.html", every)
+    assert "Photographs." in built(workspace, reports, tmp_path / "index.html", every)[0]
 
 
-def test_page_has_the_figures(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
-    lines = build(reports, workspace.models, workspace.aligned, workspace.embedded, tmp_path / "index.html", params)
-    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+def test_page_has_the_figures(made: tuple[str, list[str]]) -> None:
+    text, lines = made
     assert len(lines) == 3
     assert re.fullmatch(r"MegaFace-style identification: .*% rank-1 among 30 distractors \(95% interval .*\)", lines[2])
     for line in lines[:2]:
@@ -198,40 +207,31 @@ def test_page_has_the_figures(workspace: Workspace, reports: Path, tmp_path: Pat
     assert text.count("<svg") == 2 * 4 + 2 + 3
 
 
-def test_an_interval_that_is_not_known_is_left_blank(
-    workspace: Workspace, reports: Path, tmp_path: Path, params: Params
-) -> None:
-    own = shutil.copytree(reports, tmp_path / "reports")
-    metrics = json.loads((own / "megaface" / "metrics.json").read_text())
-    for of_count in metrics["distractors"].values():
-        of_count["intervals"]["rank_1"] = None
-    (own / "megaface" / "metrics.json").write_text(json.dumps(metrics))
-    lines = build(own, workspace.models, workspace.aligned, workspace.embedded, tmp_path / "index.html", params)
-    assert lines[-1].endswith(" rank-1 among 30 distractors (95% interval unknown)")
-
-
-def test_a_set_of_ones_own_is_told_from_the_project_s(
+def test_a_set_of_ones_own_and_an_interval_that_is_not_known(
     workspace: Workspace, reports: Path, tmp_path: Path, params: Params
 ) -> None:
     own = shutil.copytree(reports, tmp_path / "reports")
     shutil.copytree(reports / "ytf", own / "extra" / "lfw")
-    lines = build(own, workspace.models, workspace.aligned, workspace.embedded, tmp_path / "index.html", params)
+    metrics = json.loads((own / "megaface" / "metrics.json").read_text())
+    for of_count in metrics["distractors"].values():
+        of_count["intervals"]["rank_1"] = None
+    (own / "megaface" / "metrics.json").write_text(json.dumps(metrics))
+    text, lines = built(workspace, own, tmp_path / "index.html", params)
     assert [line.split(":")[0] for line in lines[:3]] == ["LFW-style pairs", "YTF-style pairs", "extra/lfw pairs"]
-    assert_pictures_refer_to_themselves((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert lines[-1].endswith(" rank-1 among 30 distractors (95% interval unknown)")
+    assert_pictures_refer_to_themselves(text)
 
 
-def test_page_is_the_same_every_time(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
-    pages = [page_of(workspace, reports, tmp_path / f"{i}.html", params) for i in range(2)]
-    assert pages[0] == pages[1]
-
-
-def test_pair_without_image_is_shown_as_such(
-    workspace: Workspace, reports: Path, tmp_path: Path, params: Params
+def test_page_is_the_same_every_time(
+    workspace: Workspace, reports: Path, tmp_path: Path, params: Params, page: str
 ) -> None:
+    assert built(workspace, reports, tmp_path / "again.html", params)[0] == page
+
+
+def test_pair_without_image_is_shown_as_such(page: str) -> None:
     # 4/0 is unreadable, so its same pairs score -1 and are the worst false non-matches
-    text = page_of(workspace, reports, tmp_path / "index.html", params)
-    assert "<span>no image</span>" in text
-    assert "−1.000" in text
+    assert "<span>no image</span>" in page
+    assert "−1.000" in page
 
 
 def test_missing_history_is_named(workspace: Workspace, reports: Path, tmp_path: Path, params: Params) -> None:
