@@ -13,7 +13,7 @@ repro: $(INSTALLED)
 	@echo && cat reports/verdict.txt && echo "parameters, curves and models of every run: $(VENV)/bin/cosface ui"
 
 test: lint
-	@OMP_NUM_THREADS=1 pytest -q --numprocesses auto --dist loadgroup
+	@OMP_NUM_THREADS=1 pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	@ruff check . && ruff format --check . && mypy

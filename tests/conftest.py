@@ -31,6 +31,17 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: 
 """For tests that are of a GPU; all others are of the CPU, where results are the same to the bit."""
 
 
+LONG = ("tests/test_pipeline.py", "tests/pipeline/test_flow.py", "tests/train/test_training.py")
+"""Files that take minutes."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long ones first: processes take whole files in this order, so that what a file's tests share is made once."""
+    places = [str(ROOT / name) for name in LONG]
+    items.sort(key=lambda item: places.index(str(item.path)) if str(item.path) in places else len(places))
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: some tests wait, for servers and for minutes to begin."""
     return cores() + 1
