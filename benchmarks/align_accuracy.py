@@ -26,7 +26,6 @@ from pipeline import tables
 from pipeline.executor import choose_device
 from pipeline.params import Archive, Params, load_params
 from pipeline.progress import configure_logging
-from pipeline.tracking import NoRun
 from stages.align import run as align
 from stages.align.decode import decode
 from stages.align.warp import similarity, warp
@@ -145,7 +144,7 @@ def measure(params: Params, work: Path) -> list[dict[str, Any]]:
         results = work / "results"
         embedded = work / "embedded" / label / "lfw"
         embed_set(folder, model, embedded, batch=params.evaluate.batch, flip=True)
-        metrics = evaluate.run(work / "raw" / "lfw", embedded, None, results, params.evaluate, NoRun())
+        metrics = evaluate.run(work / "raw" / "lfw", embedded, None, results, params.evaluate)
         images = tables.read_parts(folder, tables.ALIGNED, ["image"])["image"].to_pylist()
         size = float(np.mean([len(image) for image in images if image]))
         rows.append(

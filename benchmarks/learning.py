@@ -33,7 +33,6 @@ from pipeline import tables
 from pipeline.executor import choose_device, keep_memory
 from pipeline.params import NOTHING_LOCAL, Params, flatten, load_params
 from pipeline.progress import configure_logging
-from pipeline.tracking import NoRun
 from stages.align import run as align
 from stages.download import run as download
 from stages.evaluate import run as evaluate
@@ -170,7 +169,7 @@ def run(name: str, params: Params, work: Path, out: Path) -> None:
     raw = work / "raw" / "lfw"
     embedded = work / "embedded" / out.stem / "lfw"
     embed_set(aligned / "lfw", load_embedder(models, device), embedded, batch=params.evaluate.batch, flip=True)
-    metrics = evaluate.run(raw, embedded, None, results, params.evaluate, NoRun())
+    metrics = evaluate.run(raw, embedded, None, results, params.evaluate)
     last = asdict(training.history[-1])
     row = {
         "seed": params.train.seed,
