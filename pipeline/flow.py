@@ -188,7 +188,7 @@ def _task(stage: str, params: Params) -> "Task[[str], State[Any]]":
 def reproduce(stage: str) -> State[Any]:
     """Run `dvc repro` for one stage, its output in the task's log; `Cached` where DVC found nothing to do."""
     logger = get_run_logger()
-    cached = Completed(name="Cached", message="nothing that it depends on has changed")
+    cached: State[Any] = Completed(name="Cached", message="nothing that it depends on has changed")
     if not _changed(stage):
         logger.info("Stage '%s' didn't change, skipping", stage)
         return cached
