@@ -1,27 +1,37 @@
-import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
+from dvc.repo import Repo
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from pipeline import servers
+from pipeline import flow, servers
 from pipeline.cli import MLFLOW_PAGE, RECIPES
 from pipeline.params import Archive, load_params
+from tests.pipeline.command import cosface
 
 QUICKSTART = (RECIPES / "quickstart.yaml").read_bytes()
 
 
-def cosface(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        cwd=folder,
-        env={**os.environ, "PREFECT_HOME": str(folder / "prefect"), **env},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of DVC, with a stage."""
+    folder = tmp_path_factory.mktemp("repository")
+    Repo.init(str(folder), no_scm=True).close()
+    (folder / "params.yaml").write_bytes(QUICKSTART)
+    (folder / "dvc.yaml").write_text("stages: {download: {cmd: echo}}\n")
+    return folder
+
+
+def process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`cosface` as a process of its own."""
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
 def assert_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -34,7 +44,7 @@ def assert_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
 
 
 def test_help_lists_the_commands(tmp_path: Path) -> None:
-    said = cosface(tmp_path, "--help").stdout
+    said = process(tmp_path, "--help").stdout
     assert all(command in said for command in ("retrain", "schedule", "promote", "evaluate", "verify", "embed"))
 
 
@@ -52,7 +62,7 @@ def test_params_prints_every_value_by_dotted_name(tmp_path: Path) -> None:
 
 def test_params_names_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_bytes(QUICKSTART.replace(b"margin: 0.35", b"margin: -1") + b"marginn: 0.3\n")
-    assert_error(cosface(tmp_path, "params"), "params.yaml", "train.head.margin", "-1", "marginn: unknown key")
+    assert_error(process(tmp_path, "params"), "params.yaml", "train.head.margin", "-1", "marginn: unknown key")
 
 
 def test_files_that_are_named_and_not_there_are_told_by_key(tmp_path: Path) -> None:
@@ -138,26 +148,17 @@ def test_retraining_outside_a_project(tmp_path: Path, command: tuple[str, ...]) 
 
 
 @pytest.mark.parametrize("command", [("schedule", "--cron", "0 3 * * 0"), ("retrain",)])
-def test_a_prefect_server_that_does_not_answer_is_named(tmp_path: Path, command: tuple[str, ...]) -> None:
-    (tmp_path / "params.yaml").write_bytes(QUICKSTART)
-    (tmp_path / "dvc.yaml").write_text("stages: {download: {cmd: echo}}\n")
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+def test_a_prefect_server_that_does_not_answer_is_named(repository: Path, command: tuple[str, ...]) -> None:
     nobody = "http://127.0.0.1:9/api"
-    assert_error(cosface(tmp_path, *command, PREFECT_API_URL=nobody), f"PREFECT_API_URL={nobody}: no answer")
+    with temporary_settings({PREFECT_API_URL: nobody}):
+        assert_error(cosface(repository, *command), f"PREFECT_API_URL={nobody}: no answer")
 
 
-def test_schedule_without_a_server_says_how_to_start_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from pipeline import cli, flow
-
-    monkeypatch.setattr(flow, "running_server", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["cosface", "schedule", "--cron", "0 3 * * 0"])
-    with pytest.raises(SystemExit, match="1"):
-        cli.main()
-    said = capsys.readouterr().err
-    assert "prefect server start" in said
-    assert "--start-server" in said
+def test_schedule_without_a_server_says_how_to_start_one(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow, "LOCAL_API", "http://127.0.0.1:9/api")
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        told = cosface(repository, "schedule", "--cron", "0 3 * * 0")
+    assert_error(told, "prefect server start", "--start-server")
 
 
 def test_a_bad_schedule_is_refused(tmp_path: Path) -> None:
@@ -190,28 +191,24 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         assert_error(cosface(tmp_path, "ui", "--mlflow-port", str(port)), f"port {port}", "in use", "--mlflow-port")
 
 
-def test_runs_on_a_server_are_shown_there(tmp_path: Path) -> None:
-    """And Prefect is started alone."""
+def test_runs_on_a_server_are_shown_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And Prefect is started alone, here something that is at its end by then."""
+
+    @contextmanager
+    def ended(port: int) -> Iterator[servers.Server]:
+        with subprocess.Popen(["true"], text=True) as process, TemporaryFile("w+") as log:
+            process.wait()
+            yield servers.Server("Prefect", f"http://127.0.0.1:{port}", process, log)
+
+    monkeypatch.setattr(servers, "prefect_server", ended)
     port = servers.free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "ui", f"--prefect-port={port}"],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PREFECT_HOME": str(tmp_path / "prefect"),
-            "MLFLOW_TRACKING_URI": "https://me:SECRET@mlflow.example.org/team/",
-        },
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        said = [process.stdout.readline() for _ in range(3)]
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-    assert said[0].split() == ["MLflow", f"https://mlflow.example.org/team/{MLFLOW_PAGE}", "(MLFLOW_TRACKING_URI)"]
-    assert said[1].split() == ["Prefect", f"http://127.0.0.1:{port}"]
+    uri = "https://me:SECRET@mlflow.example.org/team/"
+    shown = cosface(tmp_path, "ui", f"--prefect-port={port}", MLFLOW_TRACKING_URI=uri)
+    said = [line.split() for line in shown.stdout.splitlines()]
+    assert said[0] == ["MLflow", f"https://mlflow.example.org/team/{MLFLOW_PAGE}", "(MLFLOW_TRACKING_URI)"]
+    assert said[1] == ["Prefect", f"http://127.0.0.1:{port}"]
+    assert_error(shown, f"Prefect on http://127.0.0.1:{port} has ended")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ ROOT = Path(__file__).parents[2]
 LOOPBACK = ("--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0")
 
 
-@pytest.mark.parametrize(("workers", "threads"), [(1, 1), (2, 1), (1, 2)])
-def test_results_in_order_from_workers_of_so_many_threads(workers: int, threads: int) -> None:
-    where = machine(workers=workers, threads=threads)
+def test_results_in_order_from_workers_of_so_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    where = machine(workers=2, threads=2)
     results = run_all(square, [(i,) for i in range(9)], machine=where, label="squaring", unit="numbers")
-    assert results == [(i * i, threads) for i in range(9)]
+    assert results == [(i * i, 2) for i in range(9)]
 
 
 def test_workers_share_the_gpus_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_workers_share_the_gpus_of_this_machine(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_first_failure_is_raised() -> None:
     with pytest.raises(ValueError, match="three is not liked"):
-        run_all(fail_at_three, [(i,) for i in range(9)], machine=machine(), label="trying", unit="numbers")
+        run_all(fail_at_three, [(i,) for i in range(9)], machine=machine(workers=1), label="trying", unit="numbers")
 
 
 def test_nothing_to_do() -> None:
@@ -101,8 +101,8 @@ def test_what_a_killed_worker_had_in_hand_is_done_again(tmp_path: Path, caplog: 
 
 
 def test_workers_that_die_again_and_again_are_one_clear_error() -> None:
-    with pytest.raises(InputError, match=r"died 3 times.*machine\.workers \(now 2\).*machine\.memory"):
-        run_all(die, [(i,) for i in range(4)], machine=machine(), label="dying", unit="numbers")
+    with pytest.raises(InputError, match=r"died 3 times.*machine\.workers \(now 1\).*machine\.memory"):
+        run_all(die, [(i,) for i in range(4)], machine=machine(workers=1), label="dying", unit="numbers")
 
 
 PARENT = """
@@ -198,10 +198,19 @@ def dask(*arguments: str, code: Path = ROOT, wait_for: str) -> Iterator[tuple[su
             process.kill()
 
 
+FIRST, THEN = re.findall(r"`dask ([^`]+)`", executor._START)
+
+
 @pytest.fixture(scope="module")
-def scheduler() -> Iterator[str]:
-    with dask("scheduler", *LOOPBACK, "--port", "0", wait_for="Scheduler at:") as (_, address):
-        yield address
+def started() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A scheduler as error messages say to start it, but for its port, and its address."""
+    with dask(*FIRST.split(), "--port", "0", wait_for="Scheduler at:") as found:
+        yield found
+
+
+@pytest.fixture
+def scheduler(started: tuple[subprocess.Popen[bytes], str]) -> str:
+    return started[1]
 
 
 def worker(scheduler: str, memory: str = "1GiB", code: Path = ROOT, options: tuple[str, ...] = ()) -> Any:
@@ -209,84 +218,60 @@ def worker(scheduler: str, memory: str = "1GiB", code: Path = ROOT, options: tup
     return dask("worker", scheduler, *LOOPBACK, *usual, *options, code=code, wait_for="Registered to:")
 
 
-def test_what_is_said_to_start_a_cluster_opens_no_port_to_others() -> None:
+def test_what_is_said_to_start_a_cluster_opens_no_port_to_others(started: tuple[subprocess.Popen[bytes], str]) -> None:
     """The commands of error messages, which README.md has too."""
-    first, then = re.findall(r"`dask ([^`]+)`", executor._START)
     readme = (ROOT / "README.md").read_text()
-    assert f"\ndask {first}\n" in readme
-    assert f"\ndask {then} " in readme
-    with dask(*first.split(), "--port", "0", wait_for="Scheduler at:") as (scheduler, address):
-        arguments = then.replace("tcp://127.0.0.1:8786", address).split()
-        with dask(*arguments, wait_for="Registered to:") as (nanny, _):
-            worker = psutil.Process(nanny.pid).children(recursive=True)
-            everyone = [psutil.Process(scheduler.pid), psutil.Process(nanny.pid), *worker]
-            ports = [port for each in everyone for port in each.net_connections() if port.status == "LISTEN"]
-            nanny.terminate()  # and its worker with it
-            nanny.wait(timeout=60)
+    assert f"\ndask {FIRST}\n" in readme
+    assert f"\ndask {THEN} " in readme
+    scheduler, address = started
+    arguments = THEN.replace("tcp://127.0.0.1:8786", address).split()
+    with dask(*arguments, wait_for="Registered to:") as (nanny, _):
+        worker = psutil.Process(nanny.pid).children(recursive=True)
+        everyone = [psutil.Process(scheduler.pid), psutil.Process(nanny.pid), *worker]
+        ports = [port for each in everyone for port in each.net_connections() if port.status == "LISTEN"]
+        nanny.terminate()  # and its worker with it
+        nanny.wait(timeout=60)
     assert len(ports) >= 5  # the dashboards' and Dask's own
     assert {port.laddr.ip for port in ports} == {"127.0.0.1"}
 
 
+def refused(match: str, **changes: Any) -> None:
+    with pytest.raises(InputError, match=match):
+        run_all(square, [(1,)], machine=machine(**changes), label="trying", unit="numbers")
+
+
 def test_a_cluster_gives_what_local_processes_give_though_a_worker_is_killed(scheduler: str, tmp_path: Path) -> None:
+    """And raises what a task raises; and is refused where its workers have too little memory."""
+    where = machine(executor=scheduler)
     tasks = [(str(tmp_path), i) for i in range(8)]
     with worker(scheduler) as (first, _), worker(scheduler) as (second, _):
-        assert run_all(die_once, tasks, machine=machine(executor=scheduler), label="trying", unit="numbers") == list(
-            range(8)
-        )
+        assert run_all(die_once, tasks, machine=where, label="trying", unit="numbers") == list(range(8))
         assert sorted(process.poll() is None for process in (first, second)) == [False, True]
+        with pytest.raises(ValueError, match="three is not liked"):
+            run_all(fail_at_three, [(3,)], machine=where, label="trying", unit="numbers")
+        less = r"machine\.memory: 2 GiB, but the Dask worker tcp://.* 1 GiB"
+        refused(less, executor=scheduler, memory=2.0)
     assert len(list(tmp_path.glob("3-*"))) == 2
-
-
-def test_a_cluster_raises_what_a_task_raises(scheduler: str) -> None:
-    with worker(scheduler), pytest.raises(ValueError, match="three is not liked"):
-        run_all(fail_at_three, [(3,)], machine=machine(executor=scheduler), label="trying", unit="numbers")
 
 
 def test_a_cluster_that_cannot_do_the_work_is_refused(
     scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(match: str, **changes: Any) -> None:
-        with pytest.raises(InputError, match=match):
-            run_all(
-                square, [(1,)], machine=machine(**{"executor": scheduler} | changes), label="trying", unit="numbers"
-            )
-
     monkeypatch.setattr(executor, "_PATIENCE", 2)
     refused(
         r"machine\.executor: no Dask scheduler at tcp://127\.0\.0\.1:1 .*dask scheduler", executor="tcp://127.0.0.1:1"
     )
-    refused("has no workers.*dask worker")
-    with worker(scheduler):
-        refused(r"machine\.memory: 2 GiB, but the Dask worker tcp://.* 1 GiB", memory=2.0)
+    refused("has no workers.*dask worker", executor=scheduler)
     for name in ("pipeline", "stages", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "stages" / "align" / "warp.py").open("a") as file:
         file.write("# changed\n")
     with worker(scheduler, code=tmp_path):
-        refused("runs another version of this project's code")
+        refused("runs another version of this project's code", executor=scheduler)
         monkeypatch.setattr(executor, "_check_workers", lambda *_: None)  # as if it had joined later
-        refused("a Dask worker on .* that joined meanwhile runs another version of this project's code")
-
-
-def test_a_scheduler_that_goes_away_is_one_clear_error(tmp_path: Path) -> None:
-    def kill(process: subprocess.Popen[bytes]) -> bool:
-        """Once a task has begun, or after a minute; whether one had."""
-        deadline = time.monotonic() + 60
-        while not (begun := bool(list(tmp_path.glob("*.pid")))) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.kill()
-        return begun
-
-    tasks = [(str(tmp_path), i) for i in range(2)]
-    with (  # noqa: PT012
-        dask("scheduler", *LOOPBACK, "--port", "0", wait_for="Scheduler at:") as (process, address),
-        worker(address),
-        ThreadPoolExecutor(1) as killer,
-        pytest.raises(InputError, match=rf"the Dask scheduler at {address} is gone; start it again and run again"),
-    ):
-        killed = killer.submit(kill, process)
-        run_all(sleep_long, tasks, machine=machine(executor=address), label="sleeping", unit="naps")
-    assert killed.result(0)
+        refused(
+            "a Dask worker on .* that joined meanwhile runs another version of this project's code", executor=scheduler
+        )
 
 
 def test_a_scheduler_s_address_is_of_a_protocol_that_dask_has() -> None:
@@ -323,18 +308,36 @@ def configured(monkeypatch: pytest.MonkeyPatch, **tls: Path) -> Iterator[None]:
             dask_config.refresh()
 
 
-def test_a_cluster_behind_tls_by_dask_s_own_configuration(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_behind_tls_by_dask_s_own_configuration(
+    certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a scheduler that goes away is one clear error."""
     options = ("--tls-ca-file", certificate, "--tls-cert", certificate, "--tls-key", certificate)
     tls = ("--protocol", "tls", *map(str, options))
     arguments = ("scheduler", *LOOPBACK, "--port", "0", *tls)
+
+    def kill(process: subprocess.Popen[bytes]) -> bool:
+        """Once a task has begun, or after a minute; whether one had."""
+        deadline = time.monotonic() + 60
+        while not (begun := bool(list(tmp_path.glob("*.pid")))) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+        return begun
+
     with (
-        dask(*arguments, wait_for="Scheduler at:") as (_, address),
+        dask(*arguments, wait_for="Scheduler at:") as (process, address),
         worker(address, options=tls),
         configured(monkeypatch, CA_FILE=certificate, CLIENT__CERT=certificate, CLIENT__KEY=certificate),
+        ThreadPoolExecutor(1) as killer,
     ):
         assert address.startswith("tls://")
-        done = run_all(square, [(3,)], machine=machine(executor=address), label="squaring", unit="numbers")
-    assert done == [(9, 1)]
+        where = machine(executor=address)
+        assert run_all(square, [(3,)], machine=where, label="squaring", unit="numbers") == [(9, 1)]
+        killed = killer.submit(kill, process)
+        gone = rf"the Dask scheduler at {address} is gone; start it again and run again"
+        with pytest.raises(InputError, match=gone):
+            run_all(sleep_long, [(str(tmp_path), i) for i in range(2)], machine=where, label="sleeping", unit="naps")
+    assert killed.result(0)
 
 
 def test_tls_that_is_not_configured_is_one_clear_error(

@@ -1,11 +1,15 @@
 import os
 import shutil
 import signal
+import socket
+import socketserver
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +18,7 @@ from uuid import UUID
 import httpx
 import psutil
 import pytest
+from dvc.repo import Repo
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -36,34 +41,39 @@ from pipeline.cli import RECIPES
 from pipeline.flow import FlowError
 from pipeline.params import load_params
 from stages.train import launch
+from tests.pipeline.command import cosface
 
 pytestmark = pytest.mark.xdist_group("flow")  # one process, so that the servers are started once
 
-GRAPH = """\
-stages:
-  report:  # written before what it needs
+REPORT = """\
+  report:
     cmd: cat model > report
     deps: [model]
     outs: [report]
+"""
+DOWNLOAD = """\
   download:
     matrix:
       set: [train, lfw]
     cmd: echo photographs > raw-${item.set}
     outs: ["raw-${item.set}"]
+"""
+TRAIN = """\
   train:
     cmd: python -c "import sys; print('loss 1.5'); open('model', 'w').write(sys.prefix)"
     deps: [raw-train, code]
     outs: [model]
 """
+GRAPH = f"stages:\n{REPORT}{DOWNLOAD}{TRAIN}"
+"""The report comes before what it needs."""
 ENDLESS = "sh -c 'echo $$ > shell.pid; sleep 600 & echo $! > child.pid; wait'"
 BROKEN = "sh -c 'echo the disk is full; exit 3'"
-
-
 NOBODY = "http://127.0.0.1:9"
 
 
 @dataclass(frozen=True)
 class Ui:
+    folder: Path
     process: subprocess.Popen[str]
     mlflow: str
     prefect: str
@@ -86,7 +96,7 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
     )
     assert process.stdout is not None
     said = [process.stdout.readline() for _ in range(3)]
-    yield Ui(process, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", said)
+    yield Ui(folder, process, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", said)
     process.terminate()
     process.wait(timeout=30)
 
@@ -96,15 +106,9 @@ def api(ui: Ui) -> str:
     return f"{ui.prefect}/api"
 
 
-@contextmanager
-def prefect(api: str) -> Iterator[SyncPrefectClient]:
-    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
-        yield client
-
-
 @pytest.fixture
 def client(api: str) -> Iterator[SyncPrefectClient]:
-    with prefect(api) as client:
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
         yield client
 
 
@@ -114,16 +118,16 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # the interpreter's folder is not on it
     subprocess.run(["git", "init", "-q"], check=True)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+    Repo.init().close()
     shutil.copy(RECIPES / "quickstart.yaml", "params.yaml")
     Path("dvc.yaml").write_text(GRAPH)
     Path("code").write_text("1")
     return tmp_path
 
 
-def replace_training(command: str) -> None:
-    start, end = GRAPH.index("python -c"), GRAPH.index("\n    deps: [raw-train")
-    Path("dvc.yaml").write_text(GRAPH[:start] + command + GRAPH[end:])
+def train_by(command: str) -> None:
+    """A graph of a training alone."""
+    Path("dvc.yaml").write_text(f"stages:\n  train:\n    cmd: {command}\n    outs: [model]\n")
 
 
 def run(client: SyncPrefectClient) -> tuple[str, str, dict[str, str], str]:
@@ -154,7 +158,7 @@ def test_the_graph_is_dvc_s_in_an_order_that_runs(project: Path) -> None:
 def test_a_folder_without_a_graph_is_named(tmp_path: Path) -> None:
     with pytest.raises(FlowError, match="not inside of a DVC repository"):
         flow.stages(tmp_path)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+    Repo.init(str(tmp_path), no_scm=True).close()
     with pytest.raises(FlowError, match=r"no dvc\.yaml with stages; run this in the project's folder"):
         flow.stages(tmp_path)
 
@@ -168,89 +172,80 @@ def test_a_project_that_has_lost_its_repository_is_told_the_remedy(project: Path
 
 
 def test_only_what_changed_runs_and_the_rest_shows_as_cached(project: Path, client: SyncPrefectClient) -> None:
+    Path("dvc.yaml").write_text(GRAPH.replace("[train, lfw]", "[train]"))
     name, message, tasks, log = run(client)
-    assert (name, message) == ("Completed", "4 stages ran, 0 were cached")
-    assert tasks == dict.fromkeys(["download@train", "download@lfw", "train", "report"], "Completed")
+    assert (name, message) == ("Completed", "3 stages ran, 0 were cached")
+    assert tasks == dict.fromkeys(["download@train", "train", "report"], "Completed")
     assert list(tasks) == list(flow.stages(project))
     assert "loss 1.5" in log
     assert (project / "report").read_text() == sys.prefix
 
     Path("code").write_text("2")
     _, message, tasks, log = run(client)
-    assert tasks == {"download@train": "Cached", "download@lfw": "Cached", "train": "Completed", "report": "Cached"}
-    assert message == "1 stages ran, 3 were cached"
-    assert "Stage 'download@lfw' didn't change, skipping" in log
+    assert tasks == {"download@train": "Cached", "train": "Completed", "report": "Cached"}
+    assert message == "1 stages ran, 2 were cached"
+    assert "Stage 'download@train' didn't change, skipping" in log
 
 
 def test_a_failed_stage_fails_the_flow_with_its_last_words(project: Path, client: SyncPrefectClient) -> None:
-    replace_training(BROKEN)
+    """And what needs it is not run."""
+    train_by(BROKEN)
+    with Path("dvc.yaml").open("a") as file:
+        file.write(REPORT)
     name, message, tasks, log = run(client)
     assert name == "Failed"
     assert message.startswith("stage train failed")
     assert "the disk is full" in message
     assert "exited with 3" in message
-    assert tasks == {"download@train": "Completed", "download@lfw": "Completed", "train": "Failed"}
+    assert tasks == {"train": "Failed"}
     assert "Retry" not in log
 
 
-def test_nothing_outlives_a_flow_that_is_ended(project: Path, api: str) -> None:
-    replace_training(ENDLESS)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "retrain"],
-        env={**os.environ, "PREFECT_API_URL": api, "http_proxy": NOBODY},
-    )
-    shell, child = (int(wait_for_text(project / name)) for name in ("shell.pid", "child.pid"))
-    between = psutil.Process(shell).parents()  # dvc repro, and above it the flow
-    above = between.index(psutil.Process(process.pid))
-    group = [psutil.Process(child), psutil.Process(shell), *between[:above]]
-    process.terminate()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    assert_gone(group)
+def test_nothing_outlives_a_flow_and_one_that_was_killed_does_not_run_for_ever(
+    project: Path, api: str, client: SyncPrefectClient
+) -> None:
+    """And a run of another project, or of this one while it runs, is left alone."""
+    train_by(ENDLESS)
 
+    def retraining() -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+        """`cosface retrain`, and what it has started once a stage runs."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.cli", "retrain"],
+            env={**os.environ, "PREFECT_API_URL": api, "http_proxy": NOBODY},
+        )
+        shell, child = (int(wait_for_text(project / name)) for name in ("shell.pid", "child.pid"))
+        between = psutil.Process(shell).parents()  # dvc repro, and above it the flow
+        above = between.index(psutil.Process(process.pid))
+        return process, [psutil.Process(child), psutil.Process(shell), *between[:above]]
 
-def test_a_run_that_was_killed_does_not_run_for_ever(project: Path, api: str, client: SyncPrefectClient) -> None:
-    """And one of another project, or of this one while it runs, is left alone."""
-    replace_training(ENDLESS)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "retrain"],
-        env={**os.environ, "PREFECT_API_URL": api, "http_proxy": NOBODY},
-    )
-    wait_for_text(project / "child.pid")
-    of_project = FlowRunFilter(tags=FlowRunFilterTags(all_=[flow.deployment(project)]))
+    def runs() -> list[FlowRun]:
+        """Of the project, by the names of their states."""
+        of_project = FlowRunFilter(tags=FlowRunFilterTags(all_=[flow.deployment(project)]))
+        return sorted(client.read_flow_runs(flow_run_filter=of_project), key=lambda run: run.state_name or "")
+
+    first, group = retraining()
     other = client.create_flow_run(flow.retrain, tags=["faces-of-others"], state=Running())
+    (begun,) = runs()
+    assert begun.name.startswith(f"{project.name} ")
+    flow.retrain(return_state=True)  # DVC is busy with the first
+    assert [run.state_name for run in runs()] == ["Failed", "Running"]
+    first.kill()
+    first.wait()
+    assert_gone(group)
+    for name in ("shell.pid", "child.pid"):
+        (project / name).unlink()
 
-    def states() -> list[str | None]:
-        return [run.state_name for run in client.read_flow_runs(flow_run_filter=of_project)]
-
-    (run,) = client.read_flow_runs(flow_run_filter=of_project)
-    assert run.name.startswith(f"{project.name} ")
-    Path("dvc.yaml").write_text(GRAPH.replace("cat model", "exit 3"))
-    with temporary_settings({PREFECT_API_URL: api}):
-        flow.retrain(return_state=True)
-        assert sorted(map(str, states())) == ["Failed", "Running"]
-        process.kill()
-        process.wait()
-        flow.retrain(return_state=True)
-    assert sorted(map(str, states())) == ["Crashed", "Failed", "Failed"]
+    second, group = retraining()
+    assert [run.state_name for run in runs()] == ["Crashed", "Failed", "Running"]
+    assert runs()[0].id == begun.id
     assert client.read_flow_run(other.id).state_name == "Running"
+    second.terminate()
+    assert second.wait(timeout=60) == 128 + signal.SIGTERM
+    assert_gone(group)
 
 
 def test_a_training_may_take_all_the_time_to_end_that_it_is_granted() -> None:
     assert flow.STAGE_SECONDS > launch._PATIENCE
-
-
-def test_nothing_outlives_a_process_that_is_killed(tmp_path: Path) -> None:
-    code = f"""
-import os
-from pipeline.servers import process_group
-with process_group(["sh", "-c", {ENDLESS!r}], dict(os.environ)) as process:
-    process.wait()
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
-    group = [psutil.Process(int(wait_for_text(tmp_path / name))) for name in ("shell.pid", "child.pid")]
-    process.kill()
-    process.wait()
-    assert_gone(group)
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
@@ -297,77 +292,87 @@ def test_each_project_has_a_schedule_of_its_own(tmp_path: Path) -> None:
     assert names[0] == names[3]
 
 
-def serving(project: Path, api: str) -> subprocess.Popen[str]:
-    """`cosface schedule` in a project, every minute by Berlin's time."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "schedule", "--cron", "* * * * *", "--timezone", "Europe/Berlin"],
-        cwd=project,
-        env={**os.environ, "PREFECT_API_URL": api, "http_proxy": NOBODY},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@contextmanager
+def forwarded(port: int, to: int) -> Iterator[None]:
+    """A port of loopback by which another one is reached, for as long as the block lasts."""
+    ends: list[socket.socket] = []
+
+    def pass_on(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection((servers.HOST, to)) as there:
+                ends.extend([self.request, there])
+                back = threading.Thread(target=pass_on, args=(there, self.request))
+                back.start()
+                pass_on(self.request, there)
+                back.join()
+
+    class Server(socketserver.ThreadingTCPServer):
+        allow_reuse_address = daemon_threads = True
+
+    with Server((servers.HOST, port), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+        yield
+        server.shutdown()
+    for end in ends:
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_schedule_calls_for_runs_which_are_run_until_it_ends(
-    project: Path, api: str, client: SyncPrefectClient
+    project: Path, ui: Ui, client: SyncPrefectClient
 ) -> None:
+    """And outlives its server, which is away for a while."""
+    train_by("""python -c "import sys; open('model', 'w').write(sys.prefix)\"""")
     name = f"retrain/{flow.deployment(project)}"
-    process = serving(project, api)
-    try:
-        assert process.stdout is not None
-        assert name in process.stdout.readline()
-        second = serving(project, api)
-        said, _ = second.communicate(timeout=60)
-        assert second.returncode == 1
-        assert f"{project}: another `cosface schedule` runs here; end it first" in said
+    port, to = servers.free_port(), int(ui.prefect.rpartition(":")[2])
+    code = "from pipeline import cli, flow; flow.SETTLED_SECONDS = 1; cli.main()"
+    schedule = ["schedule", "--cron", "* * * * *", "--timezone", "Europe/Berlin"]
+    hasty = {"PREFECT_CLIENT_MAX_RETRIES": "0", "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    with ExitStack() as stack:
+        with forwarded(port, to):
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, *schedule],
+                env={**os.environ, **hasty, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "http_proxy": NOBODY},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            assert name in process.stdout.readline()
+            first, *_ = wait_for(lambda: scheduled(client, name))
+        assert first.state_type == StateType.SCHEDULED
+        assert any("does not answer; waiting for it" in line for line in process.stdout)
+        (project / "model").unlink(missing_ok=True)  # a minute may have begun meanwhile
+        with forwarded(port, to):
+            assert any("answers: the schedule goes on" in line for line in process.stdout)
+            second = cosface(project, *schedule)
+            assert second.returncode == 1
+            assert f"{project}: another `cosface schedule` runs here; end it first" in second.stderr
 
-        runs = wait_for(lambda: scheduled(client, name))
-        (schedule,) = client.read_deployment_by_name(name).schedules
-        assert isinstance(schedule.schedule, CronSchedule)
-        assert (schedule.schedule.cron, schedule.schedule.timezone) == ("* * * * *", "Europe/Berlin")
-        assert schedule.active
-        assert runs[0].state_type == StateType.SCHEDULED
-        assert wait_for_text(project / "report", seconds=180) == sys.prefix
-    finally:
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=90)
+            assert wait_for_text(project / "model", seconds=180) == sys.prefix
+            deployment = client.read_deployment_by_name(name)
+            (made,) = deployment.schedules
+            assert isinstance(made.schedule, CronSchedule)
+            assert (made.schedule.cron, made.schedule.timezone) == ("* * * * *", "Europe/Berlin")
+            assert made.active
+            assert not deployment.paused
+            process.send_signal(signal.SIGINT)
+            said, _ = process.communicate(timeout=90)
     assert process.returncode == 0
     assert "Traceback" not in said
     assert "Warning" not in said
     assert client.read_deployment_by_name(name).paused
     with flow.only_schedule(project):  # free again
         pass
-
-
-def test_a_schedule_outlives_its_server(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is away for a while."""
-    monkeypatch.setenv("PREFECT_HOME", str(project / "prefect"))
-    port = servers.free_port()
-    name, api = f"retrain/{flow.deployment(project)}", f"http://127.0.0.1:{port}/api"
-    code = f"from pipeline import flow; flow.SETTLED_SECONDS = 1; flow.serve('0 3 * * 0', 'UTC', {api!r})"
-    hasty = {"PREFECT_CLIENT_MAX_RETRIES": "0", "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
-    process = None
-    try:
-        with servers.prefect_server(port), prefect(api) as client:
-            process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                env={**os.environ, **hasty},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            wait_for(lambda: scheduled(client, name))
-        assert process.stderr is not None
-        assert any("does not answer; waiting for it" in line for line in process.stderr)
-        with servers.prefect_server(port), prefect(api) as client:
-            assert any("answers: the schedule goes on" in line for line in process.stderr)
-            client.create_flow_run_from_deployment(client.read_deployment_by_name(name).id)
-            assert wait_for_text(project / "report") == sys.prefix
-    finally:
-        if process is not None:
-            process.terminate()
-            process.communicate(timeout=90)
 
 
 def test_runs_that_a_schedule_missed_are_not_made_up_for(project: Path, api: str, client: SyncPrefectClient) -> None:
@@ -429,18 +434,28 @@ def test_only_prefect_s_api_is_taken_for_it(ui: Ui) -> None:
             flow.running_server()
 
 
-def test_the_ui_does_with_a_prefect_server_that_runs(ui: Ui, tmp_path: Path) -> None:
+def test_the_ui_does_with_a_prefect_server_that_runs(ui: Ui, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here there is nothing else to start, so that it ends."""
-    found = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "ui", f"--prefect-port={ui.prefect.rpartition(':')[2]}"],
-        cwd=tmp_path,
-        env={**os.environ, "MLFLOW_TRACKING_URI": "https://mlflow.example.org", "HTTP_PROXY": NOBODY},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, NOBODY)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    port = ui.prefect.rpartition(":")[2]
+    found = cosface(tmp_path, "ui", f"--prefect-port={port}", MLFLOW_TRACKING_URI="https://mlflow.example.org")
     assert found.returncode == 0
     assert found.stdout.splitlines()[1:] == [f"Prefect  {ui.prefect} (which ran already)"]
+
+
+def test_a_server_keeps_its_store_to_itself(ui: Ui) -> None:
+    """What a command line says every user of the machine can see; the server must find its store all the same."""
+    run = {"experiment_id": "0", "run_name": "of the server"}
+    assert httpx.post(f"{ui.mlflow}/api/2.0/mlflow/runs/create", json=run).is_success
+    path = ui.folder / "mlflow.db"
+    with closing(sqlite3.connect(path)) as store:
+        assert store.execute("SELECT name FROM runs").fetchall() == [("of the server",)]
+    lines = [" ".join(each.cmdline()) for each in psutil.Process(ui.process.pid).children(recursive=True)]
+    assert any("mlflow" in line for line in lines)
+    assert str(path) not in "\n".join(lines)
 
 
 def test_the_ui_shows_both_until_it_is_ended(ui: Ui) -> None:
