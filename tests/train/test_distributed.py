@@ -3,11 +3,8 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,40 +19,16 @@ from stages.train import backbones, checkpoint, heads, loop
 from stages.train import run as train
 from stages.train.ranks import Ranks
 from tests.conftest import ROOT
-from tests.samples import shard_section, write_shards
+from tests.samples import mean_colours, shard_section, write_shards
+from tests.train.copies import Copies, start
 from tests.train.test_heads import MAKE
 
 EMBEDDING, CLASSES, BATCH = 8, 11, 12
 
 
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
-
-
-def start(
-    processes: int, script: Path, *arguments: object, by: Sequence[str] = ("tests.train.copies",)
-) -> "subprocess.Popen[str]":
-    """A script by several ranks."""
-    command = [sys.executable, "-m", *by, str(processes)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, str(script), *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: "subprocess.Popen[str]") -> str:
-    try:
-        said = process.communicate(timeout=180)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, said
-    return said
+def finish(copies: Copies) -> str:
+    assert copies.wait() == 0, copies.said()
+    return copies.said()
 
 
 def example(name: str) -> tuple[heads.Head, torch.Tensor, torch.Tensor]:
@@ -102,9 +75,7 @@ with together(torch.device("cpu")) as (ranks, _):
 
 def test_every_head_on_three_ranks_has_the_loss_and_the_gradients_of_one(tmp_path: Path) -> None:
     """11 classes: slices of 3, 4 and 4. 12 examples: 4 of each rank."""
-    script = tmp_path / "heads.py"
-    script.write_text(HEADS_SCRIPT)
-    finish(start(3, script, tmp_path / "found.pt"))
+    finish(start(HEADS_SCRIPT, tmp_path / "found.pt", ranks=3))
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     assert found.keys() == MAKE.keys()
     for name, (loss, own, nearest, gradient, of_centres, evaluated, correct) in found.items():
@@ -194,7 +165,7 @@ def tiny(params: Params, tmp_path: Path) -> Params:
     write_shards(tmp_path, [10] * 6, shard_section(validation={"by": "image", "share": 0.1, "pairs": 0}))
     section = params.train.model_dump()
     section |= {"data": str(tmp_path / "shards"), "batch": 12, "log_every": 1, "checkpoint_every": 4}
-    section["backbone"] = {"name": "sphere20", "width": 112, "embedding": 16}
+    section["backbone"] |= {"embedding": 16}
     section["schedule"] = {"name": "steps", "iterations": 5, "warmup": 2, "milestones": [4], "factor": 0.1}
     section["optimizer"] |= {"learning_rate": 0.001}  # small, so that rounding does not grow
     section |= {"micro_batches": 2, "average": 0.7}
@@ -205,14 +176,13 @@ def tiny(params: Params, tmp_path: Path) -> Params:
 
 TRAIN_SCRIPT = """
 import logging, os, signal, sys
-from functools import partial
 from pathlib import Path
 from pipeline.params import Params
 from stages.train import run as train
 from stages.train import backbones, loop
+from tests.samples import mean_colours
 
-backbones.BACKBONES["sphere20"] = partial(backbones.sphere, (0, 0, 0, 0))
-
+backbones.BACKBONES["small"] = mean_colours
 params = Params.model_validate_json(Path(sys.argv[3]).read_text())
 ending, rank, at = sys.argv[4], int(os.environ.get("RANK", 0)), 3
 step = loop.step
@@ -239,14 +209,12 @@ def losses(models: Path) -> list[float]:
 def test_two_processes_train_as_one_and_lose_nothing(
     tmp_path: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sphere network without its residual units, to be quick."""
-    monkeypatch.setitem(backbones.BACKBONES, "sphere20", partial(backbones.sphere, (0, 0, 0, 0)))
-    script, section = tmp_path / "train.py", tmp_path / "params.json"
-    script.write_text(TRAIN_SCRIPT)
+    monkeypatch.setitem(backbones.BACKBONES, "small", mean_colours)
+    section = tmp_path / "params.json"
     section.write_text(tiny.model_dump_json())
 
-    def begin(name: str, ending: str = "-") -> "subprocess.Popen[str]":
-        return start(2, script, tmp_path / name, tmp_path / f"{name}-state", section, ending)
+    def begin(name: str, ending: str = "-") -> Copies:
+        return start(TRAIN_SCRIPT, tmp_path / name, tmp_path / f"{name}-state", section, ending, ranks=2)
 
     train.run(tmp_path / "alone", tmp_path / "alone-state", tiny)
     finish(begin("two"))
@@ -254,12 +222,13 @@ def test_two_processes_train_as_one_and_lose_nothing(
     alone, both = (load_file(tmp_path / name / "head.safetensors") for name in ("alone", "two"))
     torch.testing.assert_close(both["weight"], alone["weight"], rtol=1e-3, atol=1e-5)
 
-    process = begin("killed", "killed")
-    said = process.communicate(timeout=180)[0]
-    assert process.returncode != 0, said
+    copies = begin("killed", "killed")
+    assert copies.wait() != 0, copies.said()
     assert not (tmp_path / "killed").exists()
     saved = sorted(path.name for path in (tmp_path / "killed-state").rglob("*.pt"))
-    assert saved[-3:] == [f"iteration-00000003{part}.pt" for part in ("", ".rank-00-of-02", ".rank-01-of-02")], said
+    assert saved[-3:] == [f"iteration-00000003{part}.pt" for part in ("", ".rank-00-of-02", ".rank-01-of-02")], (
+        copies.said()
+    )
     shutil.copytree(tmp_path / "killed-state", tmp_path / "one-state")
     finish(begin("killed"))
     assert files(tmp_path / "killed") == files(tmp_path / "two")
@@ -313,11 +282,18 @@ with together(torch.device("cpu")) as (ranks, _):
 
 
 def test_ranks_agree_on_a_checkpoint_and_fail_together(tmp_path: Path) -> None:
-    """What one of two cannot do, the other is told, and waits for nobody."""
+    """What one of two cannot do, the other is told, and waits for nobody. By torchrun itself."""
     script = tmp_path / "shared.py"
     script.write_text(SHARED_SCRIPT)
     (tmp_path / "said").mkdir()
-    finish(start(2, script, tmp_path, by=TORCHRUN))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*command, str(script), str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=180,
+    )
     said = [[(tmp_path / "said" / f"{i}.{rank}").read_text() for rank in (0, 1)] for i in range(7)]
     assert said[0] == ["None", "None"]
     assert said[1] == ["(1, 2)", "(1, 2)"]
@@ -374,9 +350,7 @@ def test_a_checkpoint_of_one_serves_two_which_sample_their_centres(tmp_path: Pat
     loop.step(training, sampling.train, 25, *sampled_batch())
     checkpoint.Checkpoints(tmp_path, {}, 2).save(26, training.common(), training.own())
     (tmp_path / "params.json").write_text(sampling.model_dump_json())
-    script = tmp_path / "sampled.py"
-    script.write_text(SAMPLED_SCRIPT)
-    finish(start(2, script, tmp_path))
+    finish(start(SAMPLED_SCRIPT, tmp_path, ranks=2))
     weight, momentum, moved_weight, moved_momentum, both = torch.load(tmp_path / "found.pt", weights_only=True)
     assert torch.equal(weight, training.head.weight)
     assert torch.equal(momentum, training.momentum["momentum_buffer"])

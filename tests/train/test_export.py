@@ -14,7 +14,7 @@ from stages.train.backbones import BACKBONES
 from stages.train.export import export
 from stages.train.model import build_model, save_model
 
-FAMILIES = ("iresnet18", "mobilefacenet", "small")
+FAMILIES = ("iresnet18-quarter", "mobilefacenet", "small")
 NAMES = tuple(BACKBONES) if os.environ.get("COSFACE_EVERY_BACKBONE") else FAMILIES
 """The largest take half a minute each, so by default there is one of each family (sphere20: at 96 pixels)."""
 
@@ -25,7 +25,7 @@ def test_onnxruntime_agrees(name: str, width: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone = Backbone(name=name, width=width, embedding=64)  # type: ignore[arg-type]
     model = build_model(backbone)
-    images = torch.randint(0, 256, (5, 3, 112, width), dtype=torch.uint8)
+    images = torch.randint(0, 256, (3, 3, 112, width), dtype=torch.uint8)
     model.train()(images)
     save_model(tmp_path / "models", model.eval(), nn.Linear(2, 2), {"backbone": backbone.model_dump()})
     export(tmp_path / "models", tmp_path / "out" / "model.onnx")
@@ -38,7 +38,7 @@ def test_onnxruntime_agrees(name: str, width: int, tmp_path: Path) -> None:
     with torch.inference_mode():
         features = model(images).numpy()
     lengths = np.linalg.norm(features, axis=1)
-    for count in (1, 2, 5):
+    for count in (1, 2, 3):
         embeddings, norms = session.run(None, {"images": images[:count].numpy()})
         assert np.abs(embeddings - features[:count] / lengths[:count, None]).max() < 1e-4
         assert np.linalg.norm(embeddings, axis=1) == pytest.approx(np.ones(count), abs=1e-5)

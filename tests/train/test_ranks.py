@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from tests.train.test_distributed import finish, start
+from tests.train.copies import start
+from tests.train.test_distributed import finish
 
 SCRIPT = """
 import sys
@@ -75,8 +76,6 @@ with together(torch.device("cpu")) as (ranks, device):
 
 def test_three_ranks_go_on_to_the_same_bits_and_leave_out_the_same_steps(tmp_path: Path) -> None:
     """With batch normalisation, and a batch in parts; gradients overflow in fp16 on all ranks, or in one's centres."""
-    script = tmp_path / "steps.py"
-    script.write_text(SCRIPT)
-    finish(start(3, script, tmp_path / "state", tmp_path / "found"))
+    finish(start(SCRIPT, tmp_path / "state", tmp_path / "found", ranks=3))
     found = torch.load(tmp_path / "found", weights_only=True)
     assert found == {"goes on": True, "alike": True, "backbone": True, "centres of one": True}

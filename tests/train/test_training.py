@@ -3,7 +3,6 @@ import csv
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -25,7 +24,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline import tables
 from pipeline.errors import InputError
 from pipeline.params import Params, Train
 from stages.shard import reader as shard_reader
@@ -35,23 +33,25 @@ from stages.train.heads import Judgement
 from stages.train.loop import Training
 from tests.conftest import ROOT, on_gpu
 from tests.pipeline.test_tables import little_space
-from tests.samples import NARROW, shard_section, write_shards
+from tests.samples import NARROW, mean_colours, shard_section, write_shards
+from tests.train.copies import Copies, start
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    validation = {"by": "image", "share": 0.1, "pairs": 0}
+    return write_shards(tmp_path_factory.mktemp("train"), [10] * 6, shard_section(validation=validation))
 
 
 @pytest.fixture
-def small(params: Params, tmp_path: Path) -> Params:
+def small(params: Params, shards: Path) -> Params:
     """A short training of the default network."""
     section = params.train.model_dump()
-    section |= {"data": str(tmp_path / "shards"), "batch": 16, "log_every": 3, "checkpoint_every": 4}
+    section |= {"data": str(shards), "batch": 16, "log_every": 3, "checkpoint_every": 4}
     section["backbone"]["embedding"] = 32
     section["schedule"] = {"name": "steps", "iterations": 14, "warmup": 2, "milestones": [10], "factor": 0.1}
     section["optimizer"]["learning_rate"] = 0.05
     return params.model_copy(update={"train": type(params.train).model_validate(section)})
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    return write_shards(tmp_path, [10] * 6, shard_section(validation={"by": "image", "share": 0.1, "pairs": 0}))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -62,12 +62,14 @@ def files(folder: Path) -> dict[str, bytes]:
 def tiny(small: Params, monkeypatch: pytest.MonkeyPatch) -> Params:
     """The same of a narrow network."""
     monkeypatch.setitem(backbones.BACKBONES, "small", NARROW)
-    return small
+    return changed(small, batch=8)
 
 
-def mean_colours(embedding: int, width: int) -> nn.Sequential:
-    """In place of a network, where it does not matter: quick, and without batch normalisation."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.PReLU(), nn.Flatten(), nn.Linear(48, embedding))
+@pytest.fixture
+def plain(tiny: Params, monkeypatch: pytest.MonkeyPatch) -> Params:
+    """The same of what is hardly a network, where it does not matter."""
+    monkeypatch.setitem(backbones.BACKBONES, "small", mean_colours)
+    return tiny
 
 
 class Killed(BaseException):
@@ -82,7 +84,6 @@ def test_interrupted_anywhere_ends_in_the_same_bits(
     train.run(tmp_path / "whole", tmp_path / "a", tiny)
     step = loop.step
     for kill_at in (2, 9):
-        checkpoints = tmp_path / f"b{kill_at}"
 
         def dying(training: Training, section: Train, iteration: int, *rest: Tensor, kill_at: int = kill_at) -> None:
             if iteration == kill_at:
@@ -91,18 +92,26 @@ def test_interrupted_anywhere_ends_in_the_same_bits(
 
         monkeypatch.setattr(loop, "step", dying)
         with pytest.raises(Killed):
-            train.run(tmp_path / f"m{kill_at}", checkpoints, tiny)
-        assert not (tmp_path / f"m{kill_at}").exists()
-        monkeypatch.setattr(loop, "step", step)
-        train.run(tmp_path / f"m{kill_at}", checkpoints, tiny)
-        assert files(tmp_path / f"m{kill_at}") == files(tmp_path / "whole")
+            train.run(tmp_path / "models", tmp_path / "b", tiny)
+        assert not (tmp_path / "models").exists()
+    monkeypatch.setattr(loop, "step", step)
+    train.run(tmp_path / "models", tmp_path / "b", tiny)
+    assert files(tmp_path / "models") == files(tmp_path / "whole")
+
+
+FOUR = {"name": "steps", "iterations": 4, "warmup": 1, "milestones": [3], "factor": 0.1}
 
 
 @pytest.fixture
 def short(tiny: Params) -> Params:
     """Four iterations, with a checkpoint after two."""
-    schedule = {"name": "steps", "iterations": 4, "warmup": 1, "milestones": [3], "factor": 0.1}
-    return changed(tiny, batch=8, checkpoint_every=2, log_every=2, schedule=schedule)
+    return changed(tiny, checkpoint_every=2, log_every=2, schedule=FOUR)
+
+
+@pytest.fixture
+def shortest(plain: Params) -> Params:
+    """The same of what is hardly a network."""
+    return changed(plain, checkpoint_every=2, log_every=2, schedule=FOUR)
 
 
 @pytest.fixture
@@ -157,7 +166,7 @@ def test_interrupted_in_other_ways_of_training(
 def test_a_checkpoint_serves_no_other_parameters_data_or_code(
     tmp_path: Path,
     shards: Path,
-    short: Params,
+    shortest: Params,
     seen: list[int],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -170,15 +179,15 @@ def test_a_checkpoint_serves_no_other_parameters_data_or_code(
     monkeypatch.setattr(train, "CODE", (code,))
     seen.append(-1)
     with pytest.raises(Killed):
-        train.run(tmp_path / "models", tmp_path / "state", short)
+        train.run(tmp_path / "models", tmp_path / "state", shortest)
     (tmp_path / "others").mkdir()
     section = shard_section(validation={"by": "image", "share": 0.1, "pairs": 0})
     more = write_shards(tmp_path / "others", [10] * 5 + [11], section)
-    slower = changed(short, optimizer=short.train.optimizer.model_dump() | {"learning_rate": 0.01})
+    slower = changed(shortest, optimizer=shortest.train.optimizer.model_dump() | {"learning_rate": 0.01})
     for name, params, why in (
         ("rate", slower, "train.optimizer.learning_rate was 0.05, is 0.01"),
-        ("data", changed(short, data=str(more)), "the data has changed"),
-        ("code", short, "the code has changed"),
+        ("data", changed(shortest, data=str(more)), "the data has changed"),
+        ("code", shortest, "the code has changed"),
     ):
         code.write_text("after" if name == "code" else "before")
         state = tmp_path / f"{name}-state"
@@ -197,7 +206,7 @@ def test_a_checkpoint_serves_no_other_parameters_data_or_code(
         assert files(tmp_path / name) == files(tmp_path / f"{name}-alone")
     seen.clear()
     code.write_text("before")
-    train.run(tmp_path / "models", tmp_path / "state", short)  # what it does serve
+    train.run(tmp_path / "models", tmp_path / "state", shortest)  # what it does serve
     assert seen == [2, 3]
     assert files(tmp_path / "models") == files(tmp_path / "code")
 
@@ -224,56 +233,61 @@ def test_only_what_decides_the_weights_is_code_that_a_checkpoint_asks_for() -> N
 
 
 def test_a_training_that_has_ended_is_not_repeated(
-    tmp_path: Path, shards: Path, short: Params, seen: list[int], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, shards: Path, shortest: Params, seen: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its outputs lost, it writes them again; another's end takes its checkpoint away, without a warning."""
-    short = changed(short, average=0.8)
-    train.run(tmp_path / "models", tmp_path / "state", short)
+    shortest = changed(shortest, average=0.8)
+    train.run(tmp_path / "models", tmp_path / "state", shortest)
     (folder,) = (tmp_path / "state").iterdir()
     whole = files(tmp_path / "models")
     shutil.rmtree(tmp_path / "models")
     seen.clear()
-    train.run(tmp_path / "models", tmp_path / "state", short)
+    train.run(tmp_path / "models", tmp_path / "state", shortest)
     assert not seen
     assert files(tmp_path / "models") == whole
     assert f"trained already; writing what came of it again (delete {folder} to train again)" in caplog.text
     caplog.clear()
-    train.run(tmp_path / "models", tmp_path / "state", changed(short, seed=2))
+    train.run(tmp_path / "models", tmp_path / "state", changed(shortest, seed=2))
     assert not folder.exists()
     assert "is not what is asked for" not in caplog.text
 
 
+HOLDER = """
+import sys
+from pathlib import Path
+from pipeline import tables
+with tables.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
 def test_one_training_at_a_time(
-    tmp_path: Path, shards: Path, short: Params, seen: list[int], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, shards: Path, shortest: Params, seen: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     """It waits for another process that trains there."""
-    held, waiter = multiprocessing.get_context("spawn"), tmp_path / "go"
-    process = held.Process(target=_hold, args=(tmp_path / "state", waiter))
-    process.start()
-    while not (tmp_path / "go.held").exists():
-        assert process.is_alive()
-        time.sleep(0.01)
-    training = threading.Thread(target=train.run, args=(tmp_path / "models", tmp_path / "state", short))
+    held = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "state")],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert held.stdout
+    assert held.stdout.readline() == "held\n"
+    training = threading.Thread(target=train.run, args=(tmp_path / "models", tmp_path / "state", shortest))
     training.start()
     while "another process is writing here; waiting" not in caplog.text:
         assert training.is_alive()
         time.sleep(0.01)
     assert not seen
-    waiter.touch()
+    held.communicate("\n")
     training.join(60)
-    process.join()
     assert seen == [0, 1, 2, 3]
 
 
-def _hold(folder: Path, until: Path) -> None:
-    with tables.locked(folder):
-        until.with_name(f"{until.name}.held").touch()
-        while not until.exists():
-            time.sleep(0.01)
-
-
-def test_what_is_left_behind(tmp_path: Path, shards: Path, tiny: Params) -> None:
-    train.run(tmp_path / "models", tmp_path / "checkpoints", tiny)
+def test_what_is_left_behind(tmp_path: Path, shards: Path, plain: Params) -> None:
+    train.run(tmp_path / "models", tmp_path / "checkpoints", plain)
     assert set(files(tmp_path / "models")) == {
         "backbone.safetensors",
         "head.safetensors",
@@ -296,20 +310,22 @@ def test_what_is_left_behind(tmp_path: Path, shards: Path, tiny: Params) -> None
     assert set(description["data"]) == {path.name for path in shards.glob("*.parquet")}
 
 
-def test_a_password_in_the_shards_address_does_not_enter_the_model(tmp_path: Path, shards: Path, tiny: Params) -> None:
+def test_a_password_in_the_shards_address_does_not_enter_the_model(
+    tmp_path: Path, shards: Path, shortest: Params
+) -> None:
     address = "memory://me:secret@host/shards"
     fsspec.filesystem("memory").put(str(shards), address, recursive=True)
-    train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, data=address))
+    train.run(tmp_path / "models", tmp_path / "checkpoints", changed(shortest, data=address))
     description = json.loads((tmp_path / "models" / "model.json").read_text())
     assert description["params"]["train"]["data"] == "memory://host/shards"
     assert not [name for name, content in files(tmp_path / "models").items() if b"secret" in content]
 
 
-def test_it_learns(tmp_path: Path, shards: Path, small: Params) -> None:
+def test_it_learns(tmp_path: Path, shards: Path, tiny: Params) -> None:
     """Six identities that differ by colour: chance is 1/6, and a learner is right at least half the time."""
-    schedule = small.train.schedule.model_copy(update={"iterations": 40, "milestones": [30]})
-    longer = small.train.model_copy(update={"schedule": schedule})
-    train.run(tmp_path / "models", tmp_path / "checkpoints", small.model_copy(update={"train": longer}))
+    schedule = tiny.train.schedule.model_copy(update={"iterations": 40, "milestones": [30]})
+    longer = tiny.train.model_copy(update={"schedule": schedule})
+    train.run(tmp_path / "models", tmp_path / "checkpoints", tiny.model_copy(update={"train": longer}))
     metrics = json.loads((tmp_path / "models" / "train.json").read_text())
     assert metrics["accuracy"] > 0.5
     assert metrics["val_accuracy"] > 0.5
@@ -436,11 +452,11 @@ def changed(params: Params, **changes: Any) -> Params:
     return params.model_copy(update={"train": type(params.train).model_validate(content)})
 
 
-def test_a_loss_that_is_not_finite_stops(tmp_path: Path, shards: Path, tiny: Params) -> None:
-    sgd = tiny.train.optimizer.model_dump() | {"learning_rate": 1e30, "clip_norm": None}
+def test_a_loss_that_is_not_finite_stops(tmp_path: Path, shards: Path, plain: Params) -> None:
+    sgd = plain.train.optimizer.model_dump() | {"learning_rate": 1e30, "clip_norm": None}
     told = r"at iteration [2-4]: learning rate 5?e?.*, gradient norm .*; lower train\.optimizer\.learning_rate"
     with pytest.raises(loop.TrainingError, match=told):
-        train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, optimizer=sgd))
+        train.run(tmp_path / "models", tmp_path / "checkpoints", changed(plain, optimizer=sgd))
     assert not (tmp_path / "models").exists()
     assert not list((tmp_path / "checkpoints").rglob("*.pt"))  # nothing broken is kept
 
@@ -556,29 +572,25 @@ def test_what_fp16_leaves_out_is_told_and_of_fp16_alone(begun: Callable[..., Bat
     assert (row.loss_scale, row.skipped) == (None, None)
 
 
-def test_without_a_compiler_train_compile_is_named(
-    tmp_path: Path, shards: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_compiler_train_compile_is_named(tmp_path: Path, shards: Path, plain: Params) -> None:
     import torch._inductor.config as inductor
 
-    narrow = partial(backbones.improved_residual, (1,), channels=(8, 8), stem_stride=2)
-    monkeypatch.setitem(backbones.BACKBONES, "small", narrow)
     with (
         inductor.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}),
         pytest.raises(InputError, match=r"^train\.compile: .*No working C\+\+ compiler.* install g\+\+ .* to false$"),
     ):
-        train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, compile=True))
+        train.run(tmp_path / "models", tmp_path / "checkpoints", changed(plain, compile=True))
 
 
 @pytest.mark.parametrize("cache", ["none", "device"])
 def test_a_gpu_too_small_is_told_with_what_to_change(
-    tmp_path: Path, shards: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch, cache: str
+    tmp_path: Path, shards: Path, plain: Params, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
 
     monkeypatch.setattr(loop, "step", full)
-    cached = tiny.model_copy(update={"machine": tiny.machine.model_copy(update={"cache": cache})})
+    cached = plain.model_copy(update={"machine": plain.machine.model_copy(update={"cache": cache})})
     with pytest.raises(InputError) as told:
         train.run(tmp_path / "models", tmp_path / "checkpoints", cached)
     assert str(told.value) == (
@@ -634,11 +646,11 @@ def test_a_standstill_is_reported_early_and_again(
 
 
 def test_bounds_are_told_with_their_numbers(
-    tmp_path: Path, shards: Path, tiny: Params, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, shards: Path, shortest: Params, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Six identities: s ≥ 5/6 · ln(5 · 9) = 3.2, m ≤ 6/5."""
     head = {"name": "cosface", "scale": 3.0, "margin": 1.25}
-    train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, head=head))
+    train.run(tmp_path / "models", tmp_path / "checkpoints", changed(shortest, head=head))
     assert "train.head.scale = 3 is below 3.2" in caplog.text
     assert "train.head.margin = 1.25 is above 1.200, the most that 6 centres in 32 dimensions" in caplog.text
 
@@ -650,7 +662,7 @@ def test_bounds_are_told_with_their_numbers(
 def test_a_precision_that_the_processor_emulates_is_told(
     tmp_path: Path,
     shards: Path,
-    tiny: Params,
+    plain: Params,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     precision: str,
@@ -661,7 +673,7 @@ def test_a_precision_that_the_processor_emulates_is_told(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
     monkeypatch.setattr(loop, "step", lambda *_: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
-        train.run(tmp_path / "models", tmp_path / "checkpoints", changed(tiny, precision=precision))
+        train.run(tmp_path / "models", tmp_path / "checkpoints", changed(plain, precision=precision))
     said = "train.precision: bf16, for which this processor (Some Xeon) has no instructions (avx512_bf16 or amx_bf16)"
     assert (said in caplog.text) == told
 
@@ -677,9 +689,9 @@ HEADS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head["name"])
 def test_every_head_learns_and_goes_on_where_it_was(
-    tmp_path: Path, shards: Path, tiny: Params, head: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shards: Path, plain: Params, head: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = changed(tiny, head=head)
+    params = changed(plain, head=head)
     step, seen = loop.step, []
 
     def watched(training: Training, section: Train, iteration: int, *rest: Tensor) -> None:
@@ -727,14 +739,13 @@ def test_a_step_is_gradient_descent_written_out(tiny: Params, clip: float | None
             torch.testing.assert_close(moved, -0.05 * memory[i], rtol=1e-4, atol=1e-6)
 
 
-def test_the_batch_in_parts_is_the_batch(shards: Path, tiny: Params) -> None:
+def test_the_batch_in_parts_is_the_batch(shards: Path, plain: Params) -> None:
     """Without batch normalisation, gradients of a batch in parts are those of the whole, to rounding."""
     images = torch.randint(0, 256, (8, 3, 112, 112), dtype=torch.uint8)
     labels = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
     weights = []
     for parts in (1, 4):
-        sphere = {"name": "sphere20", "width": 112, "embedding": 16}
-        params = changed(tiny, backbone=sphere, batch=8, micro_batches=parts)
+        params = changed(plain, micro_batches=parts)
         training = loop.begin(params.train, 4, torch.device("cpu"))
         loop.step(training, params.train, 5, images, labels)
         row = loop.close_row(training, params.train, 6, {})
@@ -799,6 +810,7 @@ def test_speed_is_what_a_clock_says(
     tmp_path: Path, shards: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """16 images take 3 seconds to come and 1 to learn from; validation and checkpoints do not count."""
+    tiny = changed(tiny, batch=16)
     clock = Clock()
     for module in (loader, meter):
         monkeypatch.setattr(module, "time", clock)
@@ -928,10 +940,14 @@ no_compiler = pytest.mark.skipif(
     [{"precision": "bf16"}, {"precision": "fp16"}, pytest.param({"compile": True}, marks=no_compiler)],
     ids=["bf16", "fp16", "compiled"],
 )
-def test_other_arithmetic_learns_alike(tmp_path: Path, shards: Path, tiny: Params, changes: dict[str, Any]) -> None:
+def test_other_arithmetic_learns_alike(
+    tmp_path: Path, shards: Path, tiny: Params, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
     """The same start to rounding, and something learnt in the end."""
     losses = []
-    short = {"log_every": 1, "schedule": {"name": "polynomial", "iterations": 10, "warmup": 1, "power": 1.0}}
+    narrower = partial(backbones.improved_residual, (1, 1), channels=(16, 16, 16), stem_stride=2)
+    monkeypatch.setitem(backbones.BACKBONES, "small", narrower)
+    short = {"log_every": 1, "schedule": {"name": "polynomial", "iterations": 8, "warmup": 1, "power": 1.0}}
     for name, params in (("plain", changed(tiny, **short)), ("changed", changed(tiny, **short, **changes))):
         train.run(tmp_path / name, tmp_path / "checkpoints", params)
         with (tmp_path / name / "history.csv").open() as file:
@@ -971,8 +987,8 @@ def test_fp16_survives_that_its_first_step_is_left_out(shards: Path, tiny: Param
     """Gradients overflow under a scale too large, at first: the step is skipped, the scale halved, nothing is lost."""
     params = changed(tiny, precision="fp16")
     training = loop.begin(params.train, 4, torch.device("cpu"))
-    images = torch.randint(0, 256, (16, 3, 112, 112), dtype=torch.uint8)
-    labels = torch.arange(16) % 4
+    images = torch.randint(0, 256, (8, 3, 112, 112), dtype=torch.uint8)
+    labels = torch.arange(8) % 4
     training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = {name: value.clone() for name, value in training.model.named_parameters()}
     loop.step(training, params.train, 5, images, labels)
@@ -1001,28 +1017,27 @@ def test_the_stored_trace(tmp_path: Path, shards: Path, small: Params) -> None:
 
 
 CHILD = """
-import logging
-import sys
-from pathlib import Path
-import torch
-from pipeline.errors import InputError
-from pipeline.params import Params, Train
-from stages.train import run as train
-torch.set_num_threads(1)
-logging.basicConfig()
-train.run(Path(sys.argv[1]), Path(sys.argv[2]), Params.model_validate_json(Path(sys.argv[3]).read_text()))
+if __name__ == "__main__":
+    import logging
+    import sys
+    import time
+    from pathlib import Path
+    from pipeline.params import Params
+    from stages.train import backbones, loop
+    from stages.train import run as train
+    from tests.samples import NARROW
+
+    step = loop.step
+
+    def slowly(*arguments):
+        time.sleep(0.2)  # so that there is time to end it
+        step(*arguments)
+
+    loop.step = slowly
+    backbones.BACKBONES["small"] = NARROW
+    logging.basicConfig()
+    train.run(Path(sys.argv[1]), Path(sys.argv[2]), Params.model_validate_json(Path(sys.argv[3]).read_text()))
 """
-
-
-@pytest.fixture
-def child(tmp_path: Path, small: Params) -> Callable[[str, Params], subprocess.Popen[str]]:
-    def start(name: str, params: Params) -> subprocess.Popen[str]:
-        (tmp_path / "params.json").write_text(params.model_dump_json())
-        places = [tmp_path / name, tmp_path / f"{name}-state", tmp_path / "params.json"]
-        command = [sys.executable, "-c", CHILD, *map(str, places)]
-        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-    return start
 
 
 def newest(folder: Path) -> int:
@@ -1030,69 +1045,67 @@ def newest(folder: Path) -> int:
     return max((int(path.stem[-8:]) for path in folder.rglob("iteration-????????.pt")), default=0)
 
 
-def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str], after: int) -> None:
+def wait_for_checkpoint(folder: Path, process: Copies, after: int) -> None:
     deadline = time.monotonic() + 60
     while newest(folder) <= after:
-        assert process.poll() is None, process.communicate()
+        assert process.returncode is None, process.said()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def long_run(small: Params) -> Params:
-    quick = small.machine.model_copy(update={"checkpoint_minutes": 0.0001})
-    schedule = {"name": "steps", "iterations": 12, "warmup": 2, "milestones": [9], "factor": 0.1}
-    silent = small.tracking.model_copy(update={"enabled": False})
-    return changed(small, schedule=schedule).model_copy(update={"machine": quick, "tracking": silent})
-
-
 def test_ended_in_any_way_it_goes_on_to_the_same_bits(
-    tmp_path: Path, shards: Path, small: Params, child: Callable[..., subprocess.Popen[str]]
+    tmp_path: Path, shards: Path, tiny: Params, one_thread: None
 ) -> None:
     """Asked to end by SIGTERM; by SIGINT as a terminal sends it, to the processes that make batches, too; and killed:
     once between checkpoints, then at random moments, as often as COSFACE_KILLS says.
     """
-    params = long_run(small)
-    assert child("whole", params).wait(120) == 0
+    schedule = {"name": "steps", "iterations": 12, "warmup": 2, "milestones": [9], "factor": 0.1}
+    quick = tiny.machine.model_copy(update={"checkpoint_minutes": 0.0001})
+    params = changed(tiny, schedule=schedule).model_copy(update={"machine": quick})
+    train.run(tmp_path / "whole", tmp_path / "whole-state", params)
     moments = random.Random(int(os.environ.get("COSFACE_KILLS_SEED", "1")))
     state, models = tmp_path / "ended-state", tmp_path / "ended"
 
-    process = child("ended", params)
+    def child(params: Params) -> Copies:
+        (tmp_path / "params.json").write_text(params.model_dump_json())
+        return start(CHILD, models, state, tmp_path / "params.json")
+
+    process = child(params)
     wait_for_checkpoint(state, process, after=0)
-    process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
-    assert "SIGTERM: ended after iteration" in process.communicate()[1]
+    os.kill(process.pids[0], signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM, process.said()
+    assert "SIGTERM: ended after iteration" in process.said()
     left = newest(state)
     assert 0 < left < 12
 
-    with_loaders = params.model_copy(update={"machine": params.machine.model_copy(update={"loaders": 2})})
-    process = child("ended", with_loaders)
+    process = child(params.model_copy(update={"machine": quick.model_copy(update={"loaders": 2})}))
     wait_for_checkpoint(state, process, after=left + 1)  # each of the two has made a batch
-    others = psutil.Process(process.pid).children(recursive=True)
+    others = psutil.Process(process.pids[0]).children(recursive=True)
     assert len(others) >= 2
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 128 + signal.SIGINT
+    os.killpg(process.pids[0], signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT, process.said()
     deadline = time.monotonic() + 10
     while any(other.is_running() and other.status() != psutil.STATUS_ZOMBIE for other in others):
         assert time.monotonic() < deadline, others
         time.sleep(0.05)
-    assert "SIGINT: ended after iteration" in process.communicate()[1]
+    assert "SIGINT: ended after iteration" in process.said()
     assert left + 1 < newest(state) < 12
     assert len(list(state.rglob("iteration-????????.pt"))) <= params.machine.checkpoints_kept
 
     for number in range(int(os.environ.get("COSFACE_KILLS", "1"))):
-        process = child("ended", params)
+        process = child(params)
         if number == 0:
             wait_for_checkpoint(state, process, after=newest(state))
         else:
-            time.sleep(moments.uniform(0, 12))
-        process.kill()
+            time.sleep(moments.uniform(0, 5))
+        os.kill(process.pids[0], signal.SIGKILL)
         process.wait()
         if (models / "model.json").exists():  # it was done before: the next training is another
             assert number > 0
             assert files(models) == files(tmp_path / "whole")
             shutil.rmtree(models)
             shutil.rmtree(state)
-    assert child("ended", params).wait(120) == 0
+    train.run(models, state, params)
     assert files(models) == files(tmp_path / "whole")
 
 
