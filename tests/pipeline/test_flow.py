@@ -43,8 +43,6 @@ from pipeline.params import load_params
 from stages.train import launch
 from tests.pipeline.command import cosface
 
-pytestmark = pytest.mark.xdist_group("flow")  # one process, so that the servers are started once
-
 REPORT = """\
   report:
     cmd: cat model > report
