@@ -275,7 +275,7 @@ def mixing(work: Path) -> dict[str, Any]:
     ideal = [len(np.unique(rng.choice(labels, 256, replace=False))) for _ in range(batches)]
     found = {}
     for epoch in (0, 1):
-        rows, _ = Uniform(split.starts, 1).rows(epoch * len(split), epoch * len(split) + 256 * batches)
+        rows, _ = Uniform(split.starts, 1).rows(epoch * len(split) + np.arange(256 * batches))
         found[epoch] = np.mean([len(np.unique(split.labels[some])) for some in np.split(rows, batches)])
     return {
         "images": CASIA_IMAGES,

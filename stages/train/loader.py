@@ -29,9 +29,9 @@ from pipeline.executor import cores, keep_memory
 from pipeline.params import BalancedSampling, Face, Machine, Train
 from pipeline.tables import TableError
 from stages.shard.reader import Encoded, Rows, Split
-from stages.train.augment import Draws, ImageAugmenter, crop, crop_and_flip, draw, mirror
+from stages.train.augment import Draws, ImageAugmenter, crop, crop_and_flip, draw
 from stages.train.cache import device_cache, host_cache
-from stages.train.faces import HEIGHT, decode_all, unaligned
+from stages.train.faces import HEIGHT, decode_all, mirror, unaligned
 from stages.train.sampling import POOL_GROUPS, Balanced, Sampling, Uniform
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ _PREFETCH = 2
 """Batches that a process makes ahead."""
 _PLANNED, _TOGETHER, _AT_ONCE = 4096, 512, 32
 """Images that are planned at a time, what little that takes being dear among the decoding of many; that a thread then
-makes batches of; and that it decodes, crops and flips before the next, so that they stay in a processor's cache."""
+makes batches of; and that it crops and flips before the next, so that they stay in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -337,11 +337,11 @@ class _Builder:
         if isinstance(of._sampling, Uniform) and not cached:
             for groups in of._sampling.pools(iterations.start * params.batch, 2):
                 self._rows.expect(groups)
-        starts = [iteration * params.batch + of._rank * share for iteration in iterations]
-        rows, laps = map(np.stack, zip(*(of._sampling.rows(start, start + share) for start in starts), strict=True))
+        places = np.array(iterations)[:, None] * params.batch + np.arange(of._rank * share, (of._rank + 1) * share)
+        rows, laps = (each.reshape(-1, share) for each in of._sampling.rows(places.reshape(-1)))
         rows, draws = draw(params.augment, params.seed, laps, rows, of._face.size, params.backbone.width)
-        jpegs, labels = (None, of._labels[rows]) if cached else self._rows.read(rows.reshape(-1))
-        labels = labels.reshape(rows.shape).astype(np.int64)
+        jpegs, found = (None, of._labels[rows]) if cached else self._rows.read(rows.reshape(-1))
+        labels = found.reshape(rows.shape).astype(np.int64)
         parts = [jpegs and jpegs[i : i + share] for i in range(0, rows.size, share)]
         return [_Plan(*plan) for plan in zip(rows, labels, draws, parts, strict=True)]
 
@@ -378,29 +378,36 @@ class _Builder:
         return [Batch(share, torch.from_numpy(plan.labels)) for share, plan in zip(shares, plans, strict=True)]
 
     def _fill(self, out: NDArray[np.uint8], plan: _Plan) -> None:
-        """Put what the network sees of a batch where it belongs, some images at a time."""
-        of, flips = self._of, plan.draws.flips
-        aside = unaligned((_AT_ONCE, *of._face.size, 3))
-        for start in (*range(0, flips, _AT_ONCE), *range(flips, len(out), _AT_ONCE)):
-            flip = start < flips
-            stop = min(start + _AT_ONCE, flips if flip else len(out))
-            places = out[start:stop]
-            faces = places if of._face.size == out.shape[1:3] else aside[: len(places)]
-            if of._host is not None:
-                np.take(of._host, plan.rows[start:stop], axis=0, out=faces, mode="clip")
-            else:
-                assert plan.jpegs is not None
-                names = functools.partial(_name, of._split, plan.rows[start:stop])
-                decode_all(plan.jpegs[start:stop], faces, names, "BGR" if flip else "RGB")
-            if faces is not places:
-                for i, place in enumerate(places):
-                    crop(faces[i], plan.draws, start + i, place)
-            if flip:
-                mirror(places, swapped=of._host is None)
+        """Put what the network sees of a batch where it belongs."""
+        of = self._of
+        if of._host is None and of._face.size == out.shape[1:3]:
+            assert plan.jpegs is not None
+            decode_all(plan.jpegs, out, functools.partial(_name, of._split, plan.rows), plan.draws.flips)
+        else:
+            self._fill_by_parts(out, plan)
         if of._params.augment.by_image:
             if not hasattr(self._local, "augmenter"):
                 self._local.augmenter = ImageAugmenter(of._params.augment, out.shape[2])
             self._local.augmenter(out, plan.draws.seed)
+
+    def _fill_by_parts(self, out: NDArray[np.uint8], plan: _Plan) -> None:
+        """The same from decoded faces, or of a part of each face."""
+        of = self._of
+        aside = unaligned((_AT_ONCE, *of._face.size, 3))
+        for start in range(0, len(out), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            places, rows = out[some], plan.rows[some]
+            faces = places if of._face.size == out.shape[1:3] else aside[: len(places)]
+            if of._host is not None:
+                np.take(of._host, rows, axis=0, out=faces, mode="clip")
+            else:
+                assert plan.jpegs is not None
+                decode_all(plan.jpegs[some], faces, functools.partial(_name, of._split, rows))
+            if faces is not places:
+                for i, place in enumerate(places):
+                    crop(faces[i], plan.draws, start + i, place)
+            if start < plan.draws.flips:
+                mirror(places[: plan.draws.flips - start])
 
 
 def _name(split: Split, rows: NDArray[np.int64], i: int) -> str:

@@ -21,8 +21,8 @@ their company from epoch to epoch."""
 class Sampling(Protocol):
     """An endless stream of examples."""
 
-    def rows(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows at the places from `start` to below `stop`, and the lap of each; a row comes once a lap."""
+    def rows(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows at some places, in increasing order, and the lap of each; a row comes once a lap."""
         ...
 
 
@@ -40,20 +40,20 @@ class Uniform:
         self._order = lru_cache(maxsize=2)(self._order_of)
         self._pool = lru_cache(maxsize=4)(self._pool_of)
 
-    def rows(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows at the places from `start` to below `stop`, and the lap of each: the epoch."""
-        total = int(self._starts[-1])
-        rows, epochs = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        while start < stop:
-            epoch, offset = divmod(start, total)
+    def rows(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows at some places, in increasing order, and the lap of each: the epoch."""
+        epochs, offsets = np.divmod(places, self._starts[-1])
+        rows = np.empty_like(places)
+        done = 0
+        while done < len(places):
+            epoch, offset = int(epochs[done]), offsets[done]
             _, ends = self._order(epoch)
             pool = int(np.searchsorted(ends, offset, side="right"))
-            first = int(ends[pool - 1]) if pool else 0
-            some = self._pool(epoch, pool)[offset - first : offset - first + stop - start]
-            rows.append(some)
-            epochs.append(np.full(len(some), epoch))
-            start += len(some)
-        return np.concatenate(rows), np.concatenate(epochs)
+            first = ends[pool - 1] if pool else 0
+            stop = int(np.searchsorted(places, places[done] - offset + ends[pool]))
+            rows[done:stop] = self._pool(epoch, pool)[offsets[done:stop] - first]
+            done = stop
+        return rows, epochs
 
     def pools(self, place: int, count: int) -> Iterator[list[int]]:
         """The row groups of the pool that `place` is in, and of those that follow, `count` in all."""
@@ -105,9 +105,9 @@ class Balanced:
         self._round = lru_cache(maxsize=2)(self._round_of)
         self._lap = lru_cache(maxsize=1024)(self._lap_of)
 
-    def rows(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows at the places from `start` to below `stop`, and the lap of each: its identity's."""
-        found = [self._row(*divmod(place, self._images)) for place in range(start, stop)]
+    def rows(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows at some places, and the lap of each: its identity's."""
+        found = [self._row(*divmod(place, self._images)) for place in places.tolist()]
         rows, laps = np.asarray(found, np.int64).reshape(-1, 2).T
         return rows, laps
 

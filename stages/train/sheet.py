@@ -8,8 +8,8 @@ import numpy as np
 from pipeline import tables
 from pipeline.params import Face, Train
 from stages.shard.reader import Rows, Split
-from stages.train.augment import ImageAugmenter, crop, draw, mirror
-from stages.train.faces import HEIGHT, decode_all
+from stages.train.augment import ImageAugmenter, crop, draw
+from stages.train.faces import HEIGHT, decode_all, mirror
 
 FACES, EPOCHS, GAP = 8, 7, 4
 """A row a face, then a column an epoch; pixels between."""

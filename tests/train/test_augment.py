@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
-from stages.train.augment import ImageAugmenter, crop, crop_and_flip, draw, mirror
+from stages.train.augment import ImageAugmenter, crop, crop_and_flip, draw
+from stages.train.faces import mirror
 from tests.samples import augment, face_like
 
 ROWS, LAPS = np.arange(400)[None], np.zeros((1, 400), np.int64)
