@@ -12,7 +12,7 @@ from pipeline.tracking import NoRun
 from stages.evaluate.scoring import EXTRA, FIGURES, FILES
 from stages.evaluate.verification import EvaluationError
 
-_MEASURED = ("accuracy", "accuracy_se", "accuracy_std", "auc", "eer", "tar_at_far", "threshold")
+_MEASURED = ("accuracy", "accuracy_se", "accuracy_std", "auc", "eer", "threshold")
 
 
 def record(reports: Path, run: NoRun) -> None:
@@ -61,9 +61,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _record_pairs(results: Path, name: str, run: NoRun) -> None:
     found = read_json(results / "metrics.json")
-    rates = {f"tar_at_far_{far}": tar for far, tar in found.pop("tar_at_far").items()}
-    values = {key: found[key] for key in _MEASURED if key in found}
-    run.log_metrics(_flat(values | rates, name))
+    rates = {f"tar_at_far_{far}": tar for far, tar in found["tar_at_far"].items()}
+    run.log_metrics(_flat({key: found[key] for key in _MEASURED} | rates, name))
     for figure in FIGURES:
         run.log_figure(results / figure, f"{name}/{figure}")
     for file in FILES:
