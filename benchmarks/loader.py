@@ -437,11 +437,10 @@ def align_training(faces: Path, work: Path) -> Path:
 
 def keep(name: str, result: dict[str, Any]) -> None:
     content = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    content |= {
+    content[name] = {
         "machine": hardware(),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
-        name: result,
-    }
+    } | result
     RESULT.write_text(json.dumps(content, indent=2) + "\n")
     print(json.dumps(result, indent=1), flush=True)
 

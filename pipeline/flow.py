@@ -208,7 +208,7 @@ def reproduce(stage: str) -> State[Any]:
 
 
 def _changed(stage: str) -> bool:
-    """Whether `dvc repro` would do anything for a stage; asked here, that takes half a second, by a process three."""
+    """Whether `dvc repro` would do anything for a stage; asked here, for a process takes longer to start."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 

@@ -74,11 +74,10 @@ def decode_all(
         FaceError: the bytes are no JPEG, or one of another size; the message begins with `where(i)` of the i-th.
     """
     decode, shape = simplejpeg.decode_jpeg, pixels.shape[1:]
-    # little is done for an image by Python itself, whose code decoding has driven out of the caches
-    first, last, order = 0, min(_MIRRORED, mirrored), "BGR" if mirrored else "RGB"
+    first, last = 0, min(_MIRRORED, mirrored)
     for i, (jpeg, place) in enumerate(zip(jpegs, pixels, strict=True), 1):
         try:
-            decoded = decode(jpeg, order, buffer=place)
+            decoded = decode(jpeg, "BGR" if i <= mirrored else "RGB", buffer=place)
         except ValueError as error:
             raise FaceError(
                 f"{where(i - 1)}: {len(jpeg)} bytes that are no JPEG of {shape[0]}×{shape[1]}: {error}"
@@ -89,7 +88,6 @@ def decode_all(
         if i == last:
             mirror(pixels[first:last], swapped=True)
             first, last = last, min(last + _MIRRORED, mirrored)
-            order = "BGR" if first < mirrored else "RGB"
 
 
 def mirror(images: NDArray[np.uint8], *, swapped: bool = False) -> None:
