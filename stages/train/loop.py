@@ -221,7 +221,8 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
     mean = copy.deepcopy(model).eval() if params.average else None
     mean_centres = nn.Parameter(head.weight.detach().clone(), requires_grad=False) if params.average else None
     if params.compile:
-        model.compile_training()
+        # The gradients of a batch in parts are summed, so those of a part must outlast the next one
+        model.compile_training(replayed=device.type == "cuda" and params.micro_batches == 1)
     sgd = params.optimizer
     optimizer = torch.optim.SGD(
         [*model.parameters(), head.weight],

@@ -33,7 +33,7 @@ class Speed:
     data_wait: float
     """Share of the time in which training waited for a batch."""
     memory_gib: float
-    """The most that was allocated on the GPU; on a CPU, what the process holds."""
+    """What the process holds; of a GPU's memory the most that it held."""
     teraflops: float
     """Forward and backward (three times forward) of the backbone, a second; what is computed again does not count."""
     utilisation: float | None
@@ -59,7 +59,8 @@ class Meter:
         """Of the iterations since the reset; waits for the GPU."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            memory = torch.cuda.max_memory_allocated(self._device)
+            # not what is allocated: of the memory in which recorded kernels work, that knows nothing
+            memory = torch.cuda.max_memory_reserved(self._device)
         else:
             memory = psutil.Process().memory_info().rss
         seconds = time.perf_counter() - self._started

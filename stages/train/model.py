@@ -50,13 +50,19 @@ class FaceModel(nn.Module):
         """Whether training computes activations again for the gradient (Chen et al., arXiv 1604.06174)."""
         self._compiled: Callable[[Tensor], Tensor] | None = None
 
-    def compile_training(self) -> None:
+    def compile_training(self, *, replayed: bool = False) -> None:
         """Let torch.compile make the code of forward and backward, for training alone; of all as one graph.
 
         By `backbone.compile()` it would be one for each unit, and none for the layers around them: torch does not look
         into the forward of its own nn.Sequential.
+
+        Args:
+            replayed: on a GPU, launch the kernels of forward and of backward all at once, recorded in the first steps
+                (CUDA graphs), instead of one by one from Python, which is slower than many of them are. What a pass
+                returns, gradients too, is overwritten by the next one.
         """
-        self._compiled = torch.compile(self._features, fullgraph=True, dynamic=False)
+        mode = "reduce-overhead" if replayed else None
+        self._compiled = torch.compile(self._features, fullgraph=True, dynamic=False, mode=mode)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of faces.

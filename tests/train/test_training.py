@@ -1,6 +1,7 @@
 import copy
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -879,20 +880,67 @@ def test_peaks_go_by_the_gpu_s_whole_name(name: str, peak: float | None, monkeyp
 
 
 @on_gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_on_a_gpu_does_not_wait_for_it(tiny: Params, precision: str) -> None:
+def test_a_step_on_a_gpu_does_not_wait_for_it(tiny: Params, precision: str, compiled: bool) -> None:
     device = torch.device("cuda")
-    params = changed(tiny, precision=precision, average=0.9).train
+    params = changed(tiny, precision=precision, average=0.9, compile=compiled).train
     training = loop.begin(params, 4, device)
     images = torch.zeros(16, 3, 112, 112, dtype=torch.uint8, device=device)
     labels = torch.arange(16, device=device) % 4
-    for iteration in range(3):
-        if iteration == 2:  # what is done once is done
+    for iteration in range(6):
+        if iteration == 5:  # what is done once is done
             torch.cuda.set_sync_debug_mode("error")
         try:
             loop.step(training, params, iteration, images, labels)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@pytest.mark.parametrize("parts", [1, 2])
+def test_compiled_on_a_gpu_steps_are_those_that_are_not(tiny: Params, parts: int) -> None:
+    """Kernels that are recorded see each new batch and the weights as they have become, and lose no gradient."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.cudagraph_trees import get_container
+
+    device = torch.device("cuda")
+    counters.clear()
+    found = []
+    for compiled in (False, True):
+        # at a gentle rate: what rounding does differently stays small
+        gentle = tiny.train.optimizer.model_dump() | {"learning_rate": 0.01}
+        section = changed(tiny, compile=compiled, average=0.9, micro_batches=parts, optimizer=gentle).train
+        training = loop.begin(section, 4, device)
+        generator = torch.Generator().manual_seed(7)
+        for iteration in range(8):
+            images = torch.randint(0, 256, (16, 3, 112, 112), dtype=torch.uint8, generator=generator).to(device)
+            labels = torch.randint(4, (16,), generator=generator).to(device)
+            loop.step(training, section, iteration, images, labels)
+            if iteration == 5:  # in between they are used otherwise
+                with training.judging() as model, torch.no_grad():
+                    model(images[:5])
+        row = loop.close_row(training, section, 8, {})
+        weights = {name: value.cpu() for name, value in training.model.state_dict().items()}
+        found.append(weights | {"loss": torch.tensor(row.loss), "norm": torch.tensor(row.gradient_norm)})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=1e-3)
+    manager = get_container(0).tree_manager
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert parts > 1 or (manager is not None and next(manager.graph_counter) > 0)
+
+
+@on_gpu
+def test_compiled_on_a_gpu_dropout_is_drawn_anew_in_each_step(tiny: Params) -> None:
+    device = torch.device("cuda")
+    model = loop.begin(changed(tiny, compile=True, dropout=0.5).train, 4, device).model
+    images = torch.randint(0, 256, (16, 3, 112, 112), dtype=torch.uint8, device=device)
+    drawn = []
+    for _ in range(6):
+        model.zero_grad()
+        features = model(images)
+        features.sum().backward()
+        drawn.append(features.detach().clone())
+    assert not any(torch.allclose(a, b) for a, b in itertools.pairwise(drawn))
 
 
 @on_gpu
