@@ -4,8 +4,8 @@ Images/s, memory and, on a GPU, utilisation of its peak (MFU), of iresnet50 and 
 our step in several precisions, eager and compiled, and a reference step as public repositories write it: the same
 network in torch's default memory format, float images, margin subtracted from the logits, cross_entropy, gradients
 clipped, the loss read every step; in fp32 and by autocast, in fp16 with a scaled loss. Random images of
-CASIA-WebFace's shape, already on the device for both; cuDNN tries its algorithms for both, but for fp32 and tf32 on a
-GPU, where that takes minutes. Contestants take turns, on a GPU in one process, on a CPU each in one of its own; ratios
+CASIA-WebFace's shape, already on the device for both; cuDNN tries its algorithms for both in half precision alone, as
+training has it. Contestants take turns, on a GPU in one process, on a CPU each in one of its own; ratios
 are those of a round. The result goes to benchmarks/results/train-<cpu or the GPU's name>.json, in place of what is
 there of the same steps.
 """
@@ -118,7 +118,7 @@ class Contestant:
 
     def _choose_arithmetic(self) -> None:
         torch.backends.cudnn.allow_tf32 = self._train.precision == "tf32"
-        torch.backends.cudnn.benchmark = not self._gpu or self._train.precision in AUTOCAST
+        torch.backends.cudnn.benchmark = self._train.precision in AUTOCAST
 
     def _now(self) -> float:
         if self._gpu:

@@ -183,12 +183,14 @@ class Training:
     @contextmanager
     def judging(self) -> Iterator[FaceModel]:
         """In evaluation mode for a while; gives what is to be judged, to whose centres the head's are set."""
-        weight = self.head.weight
+        weight, cudnn = self.head.weight, torch.backends.cudnn
+        tries, cudnn.benchmark = cudnn.benchmark, False  # what is judged is in whole precision
         self.model.eval()
         self.head.eval()
         if self.mean_centres is not None:
             self.head.weight = self.mean_centres
         yield self.outcome
+        cudnn.benchmark = tries
         self.head.weight = weight
         self.model.train()
         self.head.train()
@@ -208,7 +210,8 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
     torch.manual_seed(params.seed)
     # cuDNN's convolutions would use TF32 unasked.
     torch.backends.cudnn.allow_tf32 = params.precision == "tf32"
-    torch.backends.cudnn.benchmark = True  # shapes stay the same: tried once, the fastest algorithm of each serves on
+    # Shapes stay: tried once, the fastest algorithm of each serves on. In whole precision that takes minutes.
+    torch.backends.cudnn.benchmark = params.precision in _AUTOCAST
     model = build_model(params.backbone).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.recompute = params.recompute
     if params.dropout is not None:

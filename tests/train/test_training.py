@@ -879,6 +879,17 @@ def test_peaks_go_by_the_gpu_s_whole_name(name: str, peak: float | None, monkeyp
     assert meter.peak_teraflops(torch.device("cuda"), "bf16") == peak
 
 
+@pytest.mark.parametrize(("precision", "tries"), [("bf16", True), ("fp16", True), ("fp32", False), ("tf32", False)])
+def test_cudnn_tries_its_algorithms_in_training_by_halves_alone(tiny: Params, precision: str, tries: bool) -> None:
+    """In whole precision that takes minutes on a GPU, and so is what is judged."""
+    training = loop.begin(changed(tiny, precision=precision).train, 4, torch.device("cpu"))
+    cudnn = torch.backends.cudnn
+    assert cudnn.benchmark is tries
+    with training.judging():
+        assert not cudnn.benchmark
+    assert cudnn.benchmark is tries
+
+
 @on_gpu
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
