@@ -496,7 +496,8 @@ class Train(Section):
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
     """Of the backbone; the head always computes in fp32. fp16 scales the loss, so that small gradients survive."""
     compile: bool
-    """Whether torch.compile makes the backbone's code: minutes at the start, a faster step from then on."""
+    """Whether torch.compile makes the backbone's code: minutes at the start, a faster step from then on. On a GPU its
+    kernels are launched all at once then, unless a batch is computed in parts."""
     micro_batches: Count
     """Equal parts that a batch is computed in, one after the other: less memory, and batch normalisation over each."""
     recompute: bool

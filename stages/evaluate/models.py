@@ -50,7 +50,8 @@ def load_embedder(path: Path, device: torch.device, name: str | None = None) -> 
     Raises:
         ModelError: it is neither, or does not belong to this code, or onnxruntime is not installed.
     """
-    torch.backends.cudnn.allow_tf32 = False  # cuDNN's convolutions would use it unasked
+    # cuDNN's convolutions would use TF32 unasked; and after a training, try all algorithms for each size of batch
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
     if path.is_dir():
         width, digest, features = _folder(path, device)
     elif path.suffix == ".onnx" and path.is_file():
