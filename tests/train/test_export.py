@@ -14,7 +14,7 @@ from stages.train.backbones import BACKBONES
 from stages.train.export import export
 from stages.train.model import build_model, save_model
 
-FAMILIES = ("iresnet18-quarter", "mobilefacenet", "small")
+FAMILIES = ("mobilefacenet", "small")
 NAMES = tuple(BACKBONES) if os.environ.get("COSFACE_EVERY_BACKBONE") else FAMILIES
 """The largest take half a minute each, so by default there is one of each family (sphere20: at 96 pixels)."""
 
