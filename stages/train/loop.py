@@ -183,14 +183,14 @@ class Training:
     @contextmanager
     def judging(self) -> Iterator[FaceModel]:
         """In evaluation mode for a while; gives what is to be judged, to whose centres the head's are set."""
-        weight, cudnn = self.head.weight, torch.backends.cudnn
-        tries, cudnn.benchmark = cudnn.benchmark, False  # what is judged is in whole precision
+        weight, tries = self.head.weight, torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = False  # what is judged is in whole precision: see begin
         self.model.eval()
         self.head.eval()
         if self.mean_centres is not None:
             self.head.weight = self.mean_centres
         yield self.outcome
-        cudnn.benchmark = tries
+        torch.backends.cudnn.benchmark = tries
         self.head.weight = weight
         self.model.train()
         self.head.train()

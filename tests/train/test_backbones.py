@@ -19,6 +19,10 @@ from stages.train.backbones import (
 from stages.train.model import FaceModel, build_model
 
 
+def params(name: str, width: int = 112, embedding: int = 32) -> Backbone:
+    return Backbone.model_validate({"name": name, "width": width, "embedding": embedding})
+
+
 def conv(before: int, after: int, side: int, bias: bool) -> int:
     return before * after * side * side + (after if bias else 0)
 
@@ -35,7 +39,7 @@ def sphere_parameters(units: tuple[int, ...], embedding: int) -> int:
 
 @pytest.mark.parametrize(("name", "width"), [*((name, 112) for name in BACKBONES), ("sphere64", 96), ("small", 96)])
 def test_shape_and_gradient(name: str, width: int) -> None:
-    model = build_model(Backbone(name=name, width=width, embedding=32)).eval()  # type: ignore[arg-type]
+    model = build_model(params(name, width)).eval()
     features = model(torch.randint(0, 256, (1, 3, 112, width), dtype=torch.uint8))
     assert features.shape == (1, 32)
     assert features.dtype == torch.float32
@@ -51,7 +55,7 @@ def test_weights_follow_from_the_seed(name: str) -> None:
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        model = build_model(Backbone(name=name, width=112, embedding=32)).eval()  # type: ignore[arg-type]
+        model = build_model(params(name)).eval()
         with torch.inference_mode():
             found.append(model(images))
     assert torch.equal(found[0], found[1])
@@ -87,7 +91,7 @@ def test_parameters_and_operations_are_as_published(name: str, embedding: int, w
     slopes count as operations.
     """
     flops, parameters = PUBLISHED[name, embedding, width]
-    section = Backbone(name=name, width=width, embedding=embedding)  # type: ignore[arg-type]
+    section = params(name, width, embedding)
     with torch.device("meta"):
         model = build_model(section)
     counted = sum(p.numel() for p in model.parameters())
@@ -108,15 +112,14 @@ def test_parameters_and_operations_are_as_published(name: str, embedding: int, w
     ],
 )
 def test_multiplications_are_as_published(name: str, giga: float, within: float) -> None:
-    section = Backbone(name=name, width=112, embedding=512)  # type: ignore[arg-type]
+    section = params(name, embedding=512)
     assert forward_flops(section) / 2e9 == pytest.approx(giga, abs=within)
 
 
 @pytest.mark.parametrize(("name", "more"), [("sphere36", 8), ("sphere64", 22)])
 def test_a_sphere_has_operations_by_its_units(name: str, more: int) -> None:
     """Two 3×3 convolutions each, alike in every stage: twice the channels on half the side. sphere20 has 8 units."""
-    section = Backbone(name="sphere20", width=112, embedding=512)
-    longer = section.model_copy(update={"name": name})
+    section, longer = params("sphere20", embedding=512), params(name, embedding=512)
     assert forward_flops(longer) - forward_flops(section) == more * 2 * 2 * 9 * 64**2 * 56**2
 
 

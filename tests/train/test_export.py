@@ -23,7 +23,7 @@ NAMES = tuple(BACKBONES) if os.environ.get("COSFACE_EVERY_BACKBONE") else FAMILI
 def test_onnxruntime_agrees(name: str, width: int, tmp_path: Path) -> None:
     """For several sizes of batch, to 1e-4; statistics of batch normalisation are as after some training."""
     torch.manual_seed(0)
-    backbone = Backbone(name=name, width=width, embedding=64)  # type: ignore[arg-type]
+    backbone = Backbone.model_validate({"name": name, "width": width, "embedding": 64})
     model = build_model(backbone)
     images = torch.randint(0, 256, (3, 3, 112, width), dtype=torch.uint8)
     model.train()(images)
