@@ -16,7 +16,7 @@ test: lint
 	@OMP_NUM_THREADS=1 pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
-	@ruff check . && ruff format --check . && mypy
+	@ruff check . && ruff format --check . && pyrefly check
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11, 3.12 or 3.13 on PATH (or PYTHON=/path/to/python)"; exit 1; }

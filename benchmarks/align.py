@@ -304,7 +304,7 @@ def floor(contents: list[bytes]) -> dict[str, Any]:
         detector = mtcnn.Detector(settings(min_face).detector, "cpu")
         counted = counting(detector)
         faces = [own for i in range(0, len(images), 64) for own in detector.detect(images[i : i + 64])]
-        finish = best_of(lambda found=faces: finished(images, found), 3) * per_image  # type: ignore[misc]
+        finish = best_of(lambda found=faces: finished(images, found), 3) * per_image
         arithmetic = sum(counted[f"{net}_macs"] for net in ("pnet", "rnet", "onet")) / peak * per_image
         result[f"min_face_{min_face}"] = {
             "candidates_per_image": {net: round(counted[f"{net}_inputs"] / len(images), 1) for net in ("rnet", "onet")},
@@ -603,8 +603,8 @@ def keep(section: str, result: dict[str, Any], work: Work) -> None:
 def lfw_photographs(path: Path) -> dict[str, bytes]:
     """All of the archive, shuffled by a fixed seed."""
     with tarfile.open(path) as archive:
-        members = [member for member in archive if member.name.endswith(".jpg")]
-        content = {member.name: archive.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+        names = [member.name for member in archive if member.name.endswith(".jpg")]
+        content = {name: file.read() for name in names if (file := archive.extractfile(name))}
     return shuffled(content)
 
 

@@ -64,7 +64,7 @@ def shares(contents: Sequence[bytes]) -> dict[str, float]:
             detector.detect(batch)
         torch.cuda.synchronize()
     detecting = time.perf_counter() - started
-    busy = sum(event.device_time_total for event in trace.events()) / 1e6
+    busy = sum(event.device_time_total for event in trace.events() or []) / 1e6
     each = 1e6 / len(images)
     return {
         "decoding_us": round(decoding * each),

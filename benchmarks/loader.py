@@ -312,7 +312,7 @@ def writing(faces: list[bytes], work: Path) -> dict[str, Any]:
         flush()
         watch = Peak()
         args = (work / "casia", out, files, order, labels.astype(np.int32), params.shard.row_group_rows, params.machine)
-        written = timed(lambda args=args: writer.write_shards(*args))  # type: ignore[misc]
+        written = timed(lambda args=args: writer.write_shards(*args))
         rounds.append({"copy_s": round(copied, 1), "write_s": round(written, 1), "peak_mib": watch.stop()})
         rounds[-1]["times_a_copy"] = round(written / copied, 2)
         shutil.rmtree(out)

@@ -108,7 +108,7 @@ def write_webdataset(data: Path) -> None:
 
 
 def webdataset(data: Path, cores: int, batch: int) -> Iterable[Any]:
-    import webdataset as wds  # type: ignore[import-not-found]
+    import webdataset as wds
 
     urls = [str(path) for path in sorted((data / "tars").iterdir())]
     dataset = wds.WebDataset(urls, shardshuffle=100, seed=0).shuffle(1000).to_tuple("jpg", "cls").repeat()
@@ -117,7 +117,7 @@ def webdataset(data: Path, cores: int, batch: int) -> Iterable[Any]:
 
 
 def write_datasets(data: Path) -> None:
-    import datasets  # type: ignore[import-not-found]
+    import datasets
 
     rows = {"image": [path.read_bytes() for path, _ in listed(data)], "label": [label for _, label in listed(data)]}
     datasets.Dataset.from_dict(rows).save_to_disk(str(data / "arrow"))
@@ -140,7 +140,7 @@ def streaming() -> Any:
     """mosaicml-streaming, which imports torchvision for data sets that are not used here."""
 
     class Anything(types.ModuleType):
-        __path__ = ()  # type: ignore[assignment]
+        __path__ = ()  # pyrefly: ignore[bad-assignment]
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__"):
@@ -150,7 +150,7 @@ def streaming() -> Any:
     for end in ("", ".transforms", ".transforms.functional", ".datasets", ".datasets.vision"):
         module = sys.modules["torchvision" + end] = Anything("torchvision" + end)
         module.__spec__ = ModuleSpec("torchvision" + end, None)
-    import streaming as package  # type: ignore[import-not-found]
+    import streaming as package
 
     return package
 

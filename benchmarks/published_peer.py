@@ -77,8 +77,8 @@ def embed(chips: Path, names: list[str], out: Path, jitters: int, flip: bool) ->
             found.extend(network.compute_face_descriptor([np.ascontiguousarray(face) for face in batch], jitters))
         return np.array(found)
 
-    arrays: dict[str, Any] = {"keys": np.array(names), "emb": descriptors(False)}
-    np.savez(out, **arrays | ({"flip": descriptors(True)} if flip else {}))
+    both = {"flip": descriptors(True)} if flip else {}
+    np.savez(out, allow_pickle=False, keys=np.array(names), emb=descriptors(False), **both)
     return {}
 
 

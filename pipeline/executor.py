@@ -322,7 +322,7 @@ def _cluster(machine: Machine) -> Iterator[Executor]:
     _check_certificates(machine.executor)
     try:
         client = distributed.Client(machine.executor, timeout=_PATIENCE)
-    except (OSError, TimeoutError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"machine.executor: no Dask scheduler at {machine.executor} ({error}); start {_START}"
         ) from error

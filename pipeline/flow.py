@@ -232,7 +232,7 @@ def retrain_now() -> State[Any]:
         stack.enter_context(temporary_settings({PREFECT_API_URL: api}))
         for worker in (APILogWorker, EventsWorker):
             stack.callback(worker.drain_all)  # they send in the background, and must be done before the server stops
-        return retrain(return_state=True)
+        return retrain(return_state=True)  # pyrefly: ignore[no-matching-overload]
 
 
 def running_server() -> str | None:

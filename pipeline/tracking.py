@@ -71,7 +71,10 @@ def model_digest(models: Path) -> str:
 class NoRun:
     """The interface of `Run` with tracking switched off: does nothing."""
 
-    id: str | None = None
+    @property
+    def id(self) -> str | None:
+        """By which the store knows the run."""
+        return None
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Nothing."""
@@ -97,12 +100,17 @@ class Run(NoRun):
     """
 
     def __init__(self, client: "MlflowClient", run: "MlflowRun") -> None:
-        self.id: str = run.info.run_id
+        self._id: str = run.info.run_id
         self._client = client
         self._experiment = run.info.experiment_id
         self._model = run.outputs.model_outputs[0].model_id if run.outputs and run.outputs.model_outputs else None
         self._waiting: list[Metric] = []
         self._flush_at = time.monotonic() + FLUSH_SECONDS
+
+    @property
+    def id(self) -> str:
+        """By which the store knows the run."""
+        return self._id
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Record values by name, at an iteration or (without one) for the run as a whole; cheap inside a loop."""

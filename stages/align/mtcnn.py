@@ -286,11 +286,11 @@ class _Convolution(nn.Conv2d):
     than several, with other last bits.
     """
 
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(n, in, h, w) to (n, out, h − kernel + 1, w − kernel + 1)."""
-        if maps.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            return torch.mkldnn_convolution(maps, self.weight, self.bias, (0, 0), (1, 1), (1, 1), 1)
-        return super().forward(maps)
+        if input.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            return torch.mkldnn_convolution(input, self.weight, self.bias, (0, 0), (1, 1), (1, 1), 1)
+        return super().forward(input)
 
 
 class _MaxPool(nn.Module):
@@ -333,7 +333,7 @@ def _network(name: str) -> nn.Sequential:
         if pool:
             layers.append(_MaxPool(pool))
     layers.append(_convolution(np.concatenate(heads[0::2], axis=-1), np.concatenate(heads[1::2]), channels))
-    return nn.Sequential(*layers).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return nn.Sequential(*layers).eval().to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
 
 
 def _weights(name: str) -> list[NDArray[np.float32]]:

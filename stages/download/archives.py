@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tarfile import EOFHeaderError, HeaderError, ReadError, TarFile  # pyrefly: ignore[missing-module-attribute]
 from typing import Literal, Self
 
 from stages.download.errors import DamagedError
@@ -144,18 +145,18 @@ def _tar_members(archive: Path) -> Iterator[Member]:
     with _open_tar(archive) as file:
         while (info := file.next()) is not None:
             yield Member(archive, info.name, info.size, _tar_kind(info), partial(_tar_content, file, info))
-            file.members.clear()  # type: ignore[attr-defined]  # or it would remember half a million
+            file.members.clear()  # pyrefly: ignore[missing-attribute]  # or it would remember half a million
         # The end of a compressed tar holds its checksum, which is compared when it is read.
         assert file.fileobj is not None
         while file.fileobj.read(_CHUNK):
             pass
 
 
-def _open_tar(archive: Path) -> tarfile.TarFile:
+def _open_tar(archive: Path) -> TarFile:
     try:
         return tarfile.open(archive, tarinfo=_StrictInfo)
-    except tarfile.ReadError as error:  # it lists what each kind of tar lacks
-        raise tarfile.ReadError("neither a zip nor a tar (plain, gz, bz2 or xz)") from error
+    except ReadError as error:  # it lists what each kind of tar lacks
+        raise ReadError("neither a zip nor a tar (plain, gz, bz2 or xz)") from error
 
 
 def _tar_kind(info: tarfile.TarInfo) -> Kind:
@@ -166,7 +167,7 @@ def _tar_kind(info: tarfile.TarInfo) -> Kind:
     return "link" if info.issym() else "hard link" if info.islnk() else "device"
 
 
-def _tar_content(file: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+def _tar_content(file: TarFile, info: tarfile.TarInfo) -> bytes:
     content = file.extractfile(info)
     assert content is not None  # a regular member has content
     return content.read()
@@ -176,11 +177,11 @@ class _StrictInfo(tarfile.TarInfo):
     """A header that only the end mark may end: tarfile takes a damaged or missing one for the end as well."""
 
     @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+    def fromtarfile(cls, tarfile: TarFile) -> Self:
         """Read the next header."""
         try:
-            return super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:
             raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from error
+        except HeaderError as error:
+            raise ReadError(str(error)) from error

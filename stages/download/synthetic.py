@@ -14,7 +14,7 @@ camera, the origin in the middle of the head between the ears.
 import math
 from dataclasses import dataclass, field, fields
 from itertools import combinations
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import cv2
 import numpy as np
@@ -345,7 +345,8 @@ def _look_up(planes: list[Floats], x: Floats, y: Floats, z: Floats) -> Floats:
     stretch = np.sqrt(2 / np.maximum(1 + z, 0.02)) * scale
     centre = (_MAP - 1) / 2
     table, u, v = cv2.merge(planes), x * stretch + centre, y * stretch + centre
-    return np.stack(cv2.split(cv2.remap(table, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)))
+    seen = cv2.remap(table, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return cast(Floats, np.stack(cv2.split(seen)))
 
 
 def _cast(face: Face, view: View, relief: Floats, size: int) -> _Surface:

@@ -26,7 +26,7 @@ REPLICATES = 1000
 SEED = 1
 LEVEL = 95
 """Of the intervals, per cent."""
-LEAST_ACCEPTED = 5
+LEAST_ACCEPTED: int = 5
 """Different pairs that a FAR has to accept for its TAR to get an interval. Where one sets the threshold, resampling
 hardly moves it, and intervals come out too narrow (benchmarks/evaluate.py, `coverage`)."""
 

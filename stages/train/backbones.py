@@ -43,8 +43,9 @@ def sphere(units: tuple[int, int, int, int], embedding: int, width: int) -> nn.M
     before = 3
     for channels, count in zip((64, 128, 256, 512), units, strict=True):
         down = nn.Conv2d(before, channels, 3, stride=2, padding=1)
+        assert down.bias is not None
         nn.init.xavier_uniform_(down.weight)
-        nn.init.zeros_(down.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(down.bias)
         layers += [down, nn.PReLU(channels), *(SphereUnit(channels) for _ in range(count))]
         before = channels
     last = nn.Linear(512 * 7 * width // 16, embedding)
@@ -231,4 +232,4 @@ def forward_flops(params: Backbone) -> int:
         image = torch.empty(1, 3, 112, params.width)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(image)
-    return int(counter.get_total_flops())
+    return counter.get_total_flops()

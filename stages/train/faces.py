@@ -31,7 +31,7 @@ def decode_face(jpeg: bytes, width: int) -> NDArray[np.uint8]:
     """
     try:
         height, full_width, *_ = simplejpeg.decode_jpeg_header(jpeg)
-        pixels = unaligned((height, full_width, 3))
+        pixels = unaligned((int(height), int(full_width), 3))
         simplejpeg.decode_jpeg(jpeg, "RGB", buffer=pixels)
     except ValueError as error:
         raise FaceError(f"{len(jpeg)} bytes that are no JPEG stand for an aligned face: {error}") from error

@@ -460,7 +460,9 @@ class _Similarities(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_others: Tensor, of_own: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, of_others: Tensor, of_own: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
         if ctx.whole and ctx.exponentials is None:
             raise RuntimeError("the gradient of a head is computed in place, so once only: run it forward again")
         embeddings, weight, labels, nearest, total = ctx.saved_tensors

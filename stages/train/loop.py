@@ -212,7 +212,7 @@ def begin(params: Train, classes: int, device: torch.device, ranks: Ranks = ALON
     torch.backends.cudnn.allow_tf32 = params.precision == "tf32"
     # Shapes stay: tried once, the fastest algorithm of each serves on. In whole precision that takes minutes.
     torch.backends.cudnn.benchmark = params.precision in _AUTOCAST
-    model = build_model(params.backbone).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build_model(params.backbone).to(device, memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
     model.recompute = params.recompute
     if params.dropout is not None:
         _set_dropout(model, params.backbone.name, params.dropout)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -102,7 +102,7 @@ def _first_and_second(layer: nn.Module) -> tuple[AbstractContextManager[None], A
 def _again(layer: nn.Module) -> Iterator[None]:
     """While activations are computed for the second time: running statistics have seen the batch already."""
     normalisations = [m for m in layer.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-    before = [(each.momentum, each.num_batches_tracked.clone()) for each in normalisations]  # type: ignore[union-attr]
+    before = [(each.momentum, cast(Tensor, each.num_batches_tracked).clone()) for each in normalisations]
     for each in normalisations:
         each.momentum = 0.0
     try:

@@ -204,7 +204,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
         whole = summed(gradient) if ctx.parts else gradient
         start = dist.get_rank() * ctx.count
         return whole[start : start + ctx.count], None
@@ -226,7 +226,7 @@ class _LogSum(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
         (share,) = ctx.saved_tensors
         return cast(Tensor, gradient * share)
 
@@ -242,8 +242,8 @@ class _OnlyOne(torch.autograd.Function):
         return summed(values)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(ctx: Any, *gradients: Any) -> Tensor:
+        return gradients[0]
 
 
 def greatest_of(values: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -143,8 +143,9 @@ def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, dev
 
         def on_row(row: Row, speed: Speed | None = None) -> None:
             values = asdict(row) | (asdict(speed) if speed else {})
-            step = values.pop("iteration")
-            tracked.log_metrics({f"train/{name}": v for name, v in values.items() if v is not None}, step=step)
+            del values["iteration"]
+            known = {f"train/{name}": value for name, value in values.items() if value is not None}
+            tracked.log_metrics(known, step=row.iteration)
 
         if tracked.id != before:  # a run that knows nothing of what is done
             for row in training.history:

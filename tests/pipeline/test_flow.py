@@ -130,7 +130,7 @@ def train_by(command: str) -> None:
 
 def run(client: SyncPrefectClient) -> tuple[str, str, dict[str, str], str]:
     """Run the flow; its state and message, the states of its tasks in the order they began, and its log."""
-    state = flow.retrain(return_state=True)
+    state = flow.retrain(return_state=True)  # pyrefly: ignore[no-matching-overload]
     run_id = state.state_details.flow_run_id
     assert run_id is not None
     flow.APILogWorker.drain_all()
@@ -225,7 +225,7 @@ def test_nothing_outlives_a_flow_and_one_that_was_killed_does_not_run_for_ever(
     other = client.create_flow_run(flow.retrain, tags=["faces-of-others"], state=Running())
     (begun,) = runs()
     assert begun.name.startswith(f"{project.name} ")
-    flow.retrain(return_state=True)  # DVC is busy with the first
+    flow.retrain(return_state=True)  # pyrefly: ignore[no-matching-overload]  # DVC is busy with the first
     assert [run.state_name for run in runs()] == ["Failed", "Running"]
     first.kill()
     first.wait()

@@ -439,7 +439,7 @@ def answering(answer: Callable[[BaseHTTPRequestHandler], None], certificate: Pat
 
         do_POST = do_PUT = do_PATCH = do_GET
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:

@@ -101,7 +101,7 @@ class Elsewhere(AbstractFileSystem):
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         return {"name": path, "size": Path(path.removeprefix("fetched://")).stat().st_size, "type": "file"}
 
-    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Fetched:
+    def _open(self, path: Any, mode: Any = "rb", block_size: Any = None, *rest: Any, **options: Any) -> Fetched:
         return Fetched(self, path, mode, block_size, **options)
 
 

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatc
     monkeypatch.setattr(writer, "MEMORY_BYTES", 1)
     gather, written = writer._gather, []
 
-    def dying(spills: list[Path], number: int, out: Path, *rest: object) -> object:
+    def dying(spills: list[Path], number: int, out: Path, *rest: Any) -> object:
         if number == 3:
             raise KeyboardInterrupt
         written.append(number)
-        return gather(spills, number, out, *rest)  # type: ignore[arg-type]
+        return gather(spills, number, out, *rest)
 
-    def here(function: object, tasks: list[tuple[object, ...]], **_: object) -> list[object]:
-        return [function(*task) for task in tasks]  # type: ignore[operator]
+    def here(function: Callable[..., object], tasks: list[tuple[object, ...]], **_: object) -> list[object]:
+        return [function(*task) for task in tasks]
 
     monkeypatch.setattr(writer, "run_all", here)
     monkeypatch.setattr(writer, "_gather", dying)
