@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: some tests wait, for servers and for minutes to begin."""
-    return cores() + 1
+    """Two more than there are cores: some tests wait, for servers and for minutes to begin."""
+    return cores() + 2
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def default() -> dict[str, Any]:
 def load(tmp_path: Path, content: dict[str, Any]) -> Any:
     path = tmp_path / "params.yaml"
     with path.open("w") as file:
-        ruamel.yaml.YAML().dump(content, file)
+        ruamel.yaml.YAML(typ="safe").dump(content, file)
     return load_params(path)
 
 
