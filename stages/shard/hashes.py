@@ -1,6 +1,8 @@
 """Perceptual hashes of faces, and which of them are near each other."""
 
+import math
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import imagehash
@@ -18,6 +20,10 @@ BITS = _SIDE * _SIDE
 _WORDS = BITS // 64
 _CANDIDATES = 1 << 16
 """Pairs that are compared at a time: their memory fits a core's cache."""
+_EQUAL = (1, 2, 3)
+"""In how many sets of bits hashes are equal that are compared: one of these."""
+_SORTING = 3
+"""How many pairs are compared in the time that a hash takes to be sorted by a key."""
 
 
 def perceptual_hash(face: NDArray[np.uint8]) -> NDArray[np.uint64]:
@@ -48,9 +54,10 @@ def near_pairs(
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     """Pairs of hashes of different groups that differ in at most `distance` bits.
 
-    Two such hashes are equal in at least one of any `distance + 1` sets of bits (the pigeonhole principle, as in
-    multi-index hashing, Norouzi et al., CVPR 2012), so only hashes that are equal in a set are compared: those sorted
-    by these bits, each with what lies between the end of its group and the end of the equal ones.
+    Of any `distance + k` sets of bits two such hashes are equal in k at least (the pigeonhole principle, as in
+    multi-index hashing, Norouzi et al., CVPR 2012), so only hashes that are equal in some k sets are compared: those
+    sorted by these bits, each with what lies between the end of its group and the end of the equal ones. The more
+    hashes there are, the larger is the k that takes the least time.
 
     Args:
         hashes: (n, 4) uint64.
@@ -59,32 +66,63 @@ def near_pairs(
 
     Yields:
         Batches of pairs, as two arrays of indices, (m,) each; the one of the lower group first, and a pair as often as
-        there are sets in which its hashes are equal. None takes more memory than _CANDIDATES or n need.
+        there are k sets in which its hashes are equal. None takes more memory than _CANDIDATES or n need.
     """
+    group = np.unique(group, return_inverse=True)[1].astype(np.uint64)
+    k, width = _plan(group, distance)
     # neighbouring frequencies are alike; bits drawn from everywhere make more even sets
-    sets = np.array_split(np.random.default_rng(0).permutation(BITS), distance + 1)
-    for bits in progress(sets, total=len(sets), label=label, unit="sets of bits"):
-        key = _key(hashes, bits)
-        order = np.lexsort((group, key))
-        starts, stops = _runs(key[order], group[order])
-        words = np.ascontiguousarray(hashes[order].T)
-        for first, second in _candidates(starts, stops):
-            near = _near(words, first, second, distance)
-            yield order[first[near]], order[second[near]]
+    drawn = np.array_split(np.random.default_rng(0).permutation(BITS), distance + k)
+    sets = [_chosen(hashes, bits[:width]) for bits in drawn]
+    words, beside = np.ascontiguousarray(hashes.T), np.uint64(_length(group))
+    total = math.comb(len(sets), k)
+    for equal in progress(combinations(sets, k), total=total, label=label, unit="sets of bits"):
+        key = np.zeros(len(hashes), np.uint64)
+        for part in equal:
+            key = key << np.uint64(width) | part
+        key = key << beside | group
+        order = np.argsort(key)
+        key, word = key[order], words[0, order]
+        for first, second in _candidates(*_runs(key >> beside, key)):
+            few = np.bitwise_count(word[first] ^ word[second]) <= distance  # which tells most of them
+            one, other = order[first[few]], order[second[few]]
+            near = _near(words, one, other, distance)
+            yield one[near], other[near]
 
 
-def _key(hashes: NDArray[np.uint64], bits: NDArray[np.intp]) -> NDArray[np.uint64]:
-    """(n,) up to 64 of the bits of each hash."""
+def _plan(group: NDArray[np.uint64], distance: int) -> tuple[int, int]:
+    """The k of near_pairs, and the most bits of a set that are looked at: a key and a group share 64 bits.
+
+    By the time that it would take if bits were drawn by a coin: by each key all hashes are sorted, and the pairs
+    compared that are equal in its bits.
+    """
+    n, room = len(group), 64 - _length(group)
+    pairs = (n**2 - int((np.bincount(group.astype(np.intp)) ** 2).sum())) / 2
+
+    def cost(k: int) -> float:
+        bits = k * min(BITS / (distance + k), room // k)
+        return math.comb(distance + k, k) * (_SORTING * n + pairs / 2**bits)
+
+    k = min(_EQUAL, key=cost)
+    return k, min(-(-BITS // (distance + k)), room // k)
+
+
+def _length(group: NDArray[np.uint64]) -> int:
+    """How many bits the largest group has."""
+    return int(group.max(initial=0)).bit_length()
+
+
+def _chosen(hashes: NDArray[np.uint64], bits: NDArray[np.intp]) -> NDArray[np.uint64 | np.uint32 | np.uint16]:
+    """(n,) up to 64 of the bits of each hash, in as small a type as holds them."""
     key, one = np.zeros(len(hashes), np.uint64), np.uint64(1)
-    for word, shift in zip(*divmod(bits[:64], 64), strict=True):
+    for word, shift in zip(*divmod(bits, 64), strict=True):
         key = key << one | hashes[:, word] >> np.uint64(shift) & one
-    return key
+    return key.astype(np.uint16 if len(bits) <= 16 else np.uint32 if len(bits) <= 32 else np.uint64)
 
 
-def _runs(key: NDArray[np.uint64], group: NDArray[np.integer | np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def _runs(key: NDArray[np.uint64], group: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Of each place in the order of keys, and of groups among equal keys: where its group ends, and where its key."""
     new_key = np.append(key[1:] != key[:-1], True)
-    new_group = new_key | np.append(group[1:] != group[:-1], True)
+    new_group = np.append(group[1:] != group[:-1], True)
     ends = (np.flatnonzero(new) + 1 for new in (new_group, new_key))
     starts, stops = (np.repeat(end, np.diff(end, prepend=0)) for end in ends)
     return starts, stops
@@ -109,14 +147,12 @@ def _candidates(
         begin = end
 
 
-def _near(
-    words: NDArray[np.uint64], first: NDArray[np.intp], second: NDArray[np.intp], distance: int
-) -> NDArray[np.intp]:
-    """Which pairs differ in at most `distance` bits: most are told by the first of their words."""
-    near = np.arange(len(first))
-    bits = np.zeros(len(first), np.uint16)
+def _near(words: NDArray[np.uint64], one: NDArray[np.intp], other: NDArray[np.intp], distance: int) -> NDArray[np.intp]:
+    """Which pairs differ in at most `distance` bits."""
+    near = np.arange(len(one))
+    bits = np.zeros(len(one), np.uint16)
     for word in words:
-        bits = bits + np.bitwise_count(word[first[near]] ^ word[second[near]])
+        bits = bits + np.bitwise_count(word[one[near]] ^ word[other[near]])
         few = bits <= distance
         near, bits = near[few], bits[few]
     return near

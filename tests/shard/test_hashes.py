@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data
 
-from stages.shard.hashes import bits_apart, near_pairs, perceptual_hash
+from stages.shard.hashes import _plan, bits_apart, near_pairs, perceptual_hash
 
 
 @settings(max_examples=60)
@@ -18,11 +18,13 @@ from stages.shard.hashes import bits_apart, near_pairs, perceptual_hash
     spread=st.integers(0, 40),
     groups=st.integers(1, 40),
     candidates=st.integers(1, 100),
+    equal=st.integers(1, 3),
 )
 def test_near_pairs_are_those_of_a_brute_force(
-    seed: int, count: int, distance: int, spread: int, groups: int, candidates: int
+    seed: int, count: int, distance: int, spread: int, groups: int, candidates: int, equal: int
 ) -> None:
     """Hashes around a few centres, off by up to `spread` bits, compared few at a time."""
+    distance //= (1, 3, 6)[equal - 1]  # or there are thousands of keys
     rng = np.random.default_rng(seed)
     bits = rng.integers(0, 2, (3, 256), dtype=np.uint8)[rng.integers(0, 3, count)]
     for row in bits:
@@ -31,6 +33,7 @@ def test_near_pairs_are_those_of_a_brute_force(
     group = rng.integers(0, groups, count)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stages.shard.hashes._CANDIDATES", candidates)
+        patch.setattr("stages.shard.hashes._EQUAL", (equal,))
         batches = list(near_pairs(hashes, group, distance))
     assert all(len(one) == len(other) <= max(candidates, count) for one, other in batches)
     found = {pair for one, other in batches for pair in zip(one.tolist(), other.tolist(), strict=True)}
@@ -40,6 +43,14 @@ def test_near_pairs_are_those_of_a_brute_force(
         for j in range(count)
         if group[i] < group[j] and (bits[i] != bits[j]).sum() <= distance
     }
+
+
+def test_the_more_hashes_the_more_sets_of_bits_are_equal() -> None:
+    for group in (np.arange(4_000_000), np.arange(4_000_000) // 50):
+        chosen = [_plan(group[:count].astype(np.uint64), 24)[0] for count in (100, 10_000, 1_000_000, 4_000_000)]
+        assert chosen == sorted(chosen)
+        assert chosen[0] < chosen[-1]
+    assert _plan(np.zeros(1_000_000, np.uint64), 24)[0] == 1  # nothing is to be compared
 
 
 def test_bits_apart_are_counted_to_the_last() -> None:
