@@ -23,6 +23,7 @@ from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -34,9 +35,8 @@ from benchmarks.machine import RESULTS, hardware
 from pipeline import tables
 from pipeline.executor import keep_memory
 from pipeline.params import Params, Shard, Train, load_params
+from stages.shard import hashes, writer
 from stages.shard import run as shard
-from stages.shard import writer
-from stages.shard.hashes import hash_part, near_pairs
 from stages.shard.reader import Shards
 from stages.train.faces import unaligned
 from stages.train.loader import Loader
@@ -361,24 +361,27 @@ class Peak:
 def cleaning(aligned: Path) -> dict[str, Any]:
     """Hashing, and finding near duplicates among as many faces as CASIA-WebFace has, and more."""
     started = time.perf_counter()
-    hashes = np.concatenate([hash_part(path) for path in tables.parts(aligned)])
-    hashing = (time.perf_counter() - started) / len(hashes)
-    hashes = hashes[hashes.any(axis=1)]
+    found = np.concatenate([hashes.hash_part(path) for path in tables.parts(aligned)])
+    hashing = (time.perf_counter() - started) / len(found)
+    found = found[found.any(axis=1)]
     rng = np.random.default_rng(0)
     rows = []
-    for count in (len(hashes), 100_000, CASIA_IMAGES, 2_000_000):
+    for count in (len(found), 100_000, CASIA_IMAGES, 2_000_000):
         # real hashes, each with 40 of its bits changed: as uneven as real ones, but no near duplicates of each other
-        some = hashes[np.arange(count) % len(hashes)].copy()
-        if count > len(hashes):
+        some = found[np.arange(count) % len(found)].copy()
+        if count > len(found):
             for face in some:
                 flips = np.zeros(256, np.uint8)
                 flips[rng.permutation(256)[:40]] = 1
                 face ^= np.packbits(flips).view(np.uint64)
-        started = time.perf_counter()
-        batches = near_pairs(some, np.arange(count), 24)
-        pairs = np.unique(np.concatenate([np.empty((2, 0), int), *batches], axis=1), axis=1)
-        rows.append({"faces": count, "pairs": pairs.shape[1], "seconds": round(time.perf_counter() - started, 1)})
-        print(f"  {rows[-1]}", flush=True)
+        for sets in (hashes._EQUAL, (1,)) if count == CASIA_IMAGES else (hashes._EQUAL,):
+            with patch.object(hashes, "_EQUAL", sets):
+                started = time.perf_counter()
+                batches = hashes.near_pairs(some, np.arange(count), 24)
+                pairs = np.unique(np.concatenate([np.empty((2, 0), int), *batches], axis=1), axis=1)
+            seconds = round(time.perf_counter() - started, 1)
+            rows.append({"faces": count, "equal_sets": sets, "pairs": pairs.shape[1], "seconds": seconds})
+            print(f"  {rows[-1]}", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"hashing_ms_a_face": round(1000 * hashing, 3), "near_pairs": rows, "peak_mib": round(peak)}
 

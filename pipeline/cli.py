@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, said
 
 RECIPES = Path(__file__).parent / "recipes"
 PARAMS = Path("params.yaml")
@@ -57,7 +57,7 @@ def main() -> None:
     try:
         app()
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {said(error)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -67,7 +67,7 @@ def _exit_status(status: int) -> Iterator[None]:
     try:
         yield
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {said(error)}", file=sys.stderr)
         sys.exit(status)
     except Exception:
         traceback.print_exc()

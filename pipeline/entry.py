@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, said
 from pipeline.params import load_params
 from pipeline.progress import configure_logging
 
@@ -21,7 +21,7 @@ def stage(main: Callable[..., None], sets: Sequence[str] = ()) -> None:
     try:
         main(load_params(), *vars(asked).values())
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {said(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is finished", file=sys.stderr)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import tables
-from pipeline.errors import InputError
+from pipeline.errors import InputError, said
 from pipeline.executor import choose_device, cores, run_all
 from pipeline.params import Align, Params
 from pipeline.progress import bar
@@ -150,7 +150,7 @@ def find_photographs(folder: Path) -> list[Photograph]:
         raise PhotographsError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     found: dict[str, Photograph] = {}
     skipped: Counter[str] = Counter()
-    for member in folder_members(folder, lambda error: log.warning("%s: %s", error.filename, error.strerror)):
+    for member in folder_members(folder, lambda error: log.warning("%s", said(error))):
         reason = why_no_photograph(member.name) if member.kind == "file" else "links and devices"
         if reason is not None:
             skipped[reason] += 1

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, said
 from pipeline.params import Machine
 from stages.train.launch import started_by_torchrun
 
@@ -129,9 +129,9 @@ def failing_together(ranks: Ranks) -> Iterator[None]:
     except (InputError, OSError) as error:
         failure = error
     if ranks.size > 1:
-        said: list[str | None] = [None] * ranks.size
-        dist.all_gather_object(said, str(failure) if failure else None)
-        failure = failure or next((InputError(message) for message in said if message), None)
+        messages: list[str | None] = [None] * ranks.size
+        dist.all_gather_object(messages, said(failure) if failure else None)
+        failure = failure or next((InputError(message) for message in messages if message), None)
     if failure:
         raise failure
 

@@ -66,6 +66,8 @@ def test_a_stage_of_sets_takes_one(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     ("raised", "status", "said"),
     [
         (InputError("faces.zip: no faces"), 1, "error: faces.zip: no faces\n"),
+        (PermissionError(13, "Permission denied", "lfw.tgz"), 1, "error: lfw.tgz: Permission denied\n"),
+        (TimeoutError("the host does not answer"), 1, "error: the host does not answer\n"),
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from what is finished\n"),
     ],
 )
