@@ -17,6 +17,7 @@ from pipeline import tables
 from pipeline.errors import InputError
 from pipeline.params import Clean
 from stages.shard.copies import Copies, Equal, Found, Near, Rows
+from stages.shard.hashes import WORDS
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Faces:
     size: NDArray[np.float64]
     """Pixels of the face in its photograph; 0 where none was found."""
     hashes: NDArray[np.uint64] | None
-    """(rows, 4), of the aligned faces; None where nobody wants them."""
+    """(rows, 2, 4), of the aligned faces, as hashes.perceptual_hash; None where nobody wants them."""
 
     @property
     def pictured(self) -> NDArray[np.bool_]:
@@ -312,7 +313,7 @@ def _drop_copies(
         assert faces.hashes is not None
         hashes = [known.hashes[pictured[name]] for name, known in evaluation.items() if known.hashes is not None]
         kinds["evaluated_near", "contradiction_near", "near_duplicate"] = Near(
-            faces.hashes, np.concatenate([np.empty((0, 4), np.uint64), *hashes]), near
+            faces.hashes, np.concatenate([np.empty((0, 2, WORDS), np.uint64), *hashes]), near
         )
     best_first = np.argsort(-faces.size, kind="stable")
     for (evaluated, contradiction, duplicate), copies in kinds.items():

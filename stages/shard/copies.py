@@ -81,12 +81,12 @@ class Equal:
 
 @dataclass(frozen=True)
 class Near:
-    """Faces whose perceptual hashes differ in few bits."""
+    """Faces whose perceptual hashes differ in few bits, as they are or one of them mirrored."""
 
     ours: NDArray[np.uint64]
-    """(rows, 4), of the training set."""
+    """(rows, 2, 4), of the training set."""
     theirs: NDArray[np.uint64]
-    """(photographs, 4), of the evaluation sets."""
+    """(photographs, 2, 4), of the evaluation sets."""
     bits: int
     """In how many they may differ."""
 

@@ -109,7 +109,7 @@ def _described(params: Shard, face: Face, photographs: str) -> dict[str, Any]:
 
 
 def _hashes(aligned: Path, params: Shard, machine: Machine) -> NDArray[np.uint64] | None:
-    """(rows, 4) perceptual hashes of an aligned table; None where they are not asked for."""
+    """(rows, 2, 4) perceptual hashes of an aligned table; None where they are not asked for."""
     if not params.clean.duplicates or params.clean.near_duplicates is None:
         return None
     parts = tables.parts(aligned)
