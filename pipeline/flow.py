@@ -349,7 +349,10 @@ def _await(api: str, check: Callable[[], None]) -> None:
 
 
 def _pause(api: str) -> None:
-    """Pause the project's schedule, or runs that nobody runs would pile up; Prefect does so only where no flow runs."""
+    """Pause the project's schedule, or runs that nobody runs would pile up.
+
+    Prefect's runner would do so only where no flow runs, and fail where the server is busy with the end of one.
+    """
     with (
         suppress(PrefectException, httpx.HTTPError),  # the server is gone, or the schedule has never got there
         temporary_settings({PREFECT_API_URL: api}),
@@ -387,7 +390,8 @@ class _Runner(Runner):
 
 def serve_here(cron: str, timezone: str) -> None:
     """Serve the schedule in this process, for the configured server."""
-    runner = _Runner(name=deployment(Path.cwd()), limit=1)  # two at once would wait for each other's DVC locks
+    # two flows at once would wait for each other's DVC locks; who started this process pauses the schedule in the end
+    runner = _Runner(name=deployment(Path.cwd()), limit=1, pause_on_shutdown=False)
     runner.add_flow(
         retrain,
         name=runner.name,
