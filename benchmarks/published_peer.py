@@ -77,8 +77,10 @@ def embed(chips: Path, names: list[str], out: Path, jitters: int, flip: bool) ->
             found.extend(network.compute_face_descriptor([np.ascontiguousarray(face) for face in batch], jitters))
         return np.array(found)
 
-    both = {"flip": descriptors(True)} if flip else {}
-    np.savez(out, allow_pickle=False, keys=np.array(names), emb=descriptors(False), **both)
+    if flip:
+        np.savez(out, keys=np.array(names), emb=descriptors(False), flip=descriptors(True))
+    else:
+        np.savez(out, keys=np.array(names), emb=descriptors(False))
     return {}
 
 
