@@ -28,9 +28,9 @@ _SORTING = 3
 def perceptual_hash(face: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """The DCT hash of a face, and that of its mirror image: the signs, against their median, of its lowest frequencies.
 
-    As pHash has it (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010, section 3.2.1),
-    of the 16×16 lowest frequencies instead of 8×8, and of the face as it is, neither blurred nor reduced first. In the
-    mirror image every other frequency across has the other sign.
+    As pHash has it (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010), but of 16×16
+    instead of 8×8 frequencies, and of the face as it is, neither blurred nor reduced first. In the mirror image every
+    other frequency across has the other sign.
 
     Args:
         face: H×W uint8, grey.
