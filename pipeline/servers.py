@@ -29,7 +29,7 @@ GRACE_SECONDS = 10
 """Between asking a process group to end and ending it."""
 SILENT_SECONDS = 3
 """Who has not ended by then is waited for audibly."""
-START_SECONDS = 90
+START_SECONDS = 300
 """A server that has not answered by then is taken for broken."""
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

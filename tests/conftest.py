@@ -42,16 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.index(str(item.path)) if str(item.path) in places else len(places))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """The longest file has precedence over all others, which would wait for it in the end."""
-    if item.path != ROOT / LONG[0] and not os.nice(0):
-        os.nice(5)
-
-
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more than there are cores: some tests wait, for servers and for minutes to begin."""
-    return cores() + 2
+    """One more than there are cores: some tests wait, for servers and for minutes to begin."""
+    return cores() + 1
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
     )
     assert process.stdout is not None
     said = [process.stdout.readline() for _ in range(3)]
+    assert all(said), "cosface ui has not started what it shows"
     yield Ui(folder, process, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", said)
     process.terminate()
     process.wait(timeout=30)
