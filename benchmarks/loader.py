@@ -30,6 +30,7 @@ import psutil
 import pyarrow as pa
 import simplejpeg
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.machine import RESULTS, hardware
 from pipeline import tables
@@ -52,6 +53,8 @@ STREAMING_NEEDS = ["transformers", "brotli", "python-snappy", "zstd", "pillow", 
 PACKAGES = ("torch", "numpy", "simplejpeg", "pyarrow")
 FACES, BATCH, ROUNDS = 20_000, 128, 5
 CASIA_IMAGES, CASIA_IDENTITIES = 494_414, 10_575
+NEAR = 24
+"""Bits of 256, as the recipes have it."""
 WARM_UP, TIMED, TURNS = 20, 120, 15
 
 
@@ -358,12 +361,26 @@ class Peak:
         return round(self._peak / 2**20)
 
 
+def copies(aligned: Path) -> dict[str, Any]:
+    """What near duplicates there are among real faces, and how many of them are mirrored."""
+    found = hashed(aligned)
+    batches = hashes.near_pairs(found, np.arange(len(found)), NEAR)
+    one, other = np.unique(np.concatenate(list(batches), axis=1), axis=1)
+    unmirrored = np.bitwise_count(found[one] ^ found[other]).sum(axis=2).min(axis=1) <= NEAR
+    return {"faces": len(found), "near_pairs": len(one), "mirrored": int((~unmirrored).sum())}
+
+
+def hashed(aligned: Path) -> NDArray[np.uint64]:
+    """The hashes of all faces that there are."""
+    found = np.concatenate([hashes.hash_part(path) for path in tables.parts(aligned)])
+    return found[found.any(axis=(1, 2))]
+
+
 def cleaning(aligned: Path) -> dict[str, Any]:
     """Hashing, and finding near duplicates among as many faces as CASIA-WebFace has, and more."""
     started = time.perf_counter()
-    found = np.concatenate([hashes.hash_part(path) for path in tables.parts(aligned)])
+    found = hashed(aligned)
     hashing = (time.perf_counter() - started) / len(found)
-    found = found[found.any(axis=(1, 2))]
     rng = np.random.default_rng(0)
     rows = []
     for count in (len(found), 100_000, CASIA_IMAGES, 1_000_000):
@@ -377,7 +394,7 @@ def cleaning(aligned: Path) -> dict[str, Any]:
         for sets in (hashes._EQUAL, (1,)) if count == CASIA_IMAGES else (hashes._EQUAL,):
             with patch.object(hashes, "_EQUAL", sets):
                 started = time.perf_counter()
-                batches = hashes.near_pairs(some, np.arange(count), 24)
+                batches = hashes.near_pairs(some, np.arange(count), NEAR)
                 pairs = np.unique(np.concatenate([np.empty((2, 0), int), *batches], axis=1), axis=1)
             seconds = round(time.perf_counter() - started, 1)
             rows.append({"faces": count, "equal_sets": sets, "pairs": pairs.shape[1], "seconds": seconds})
@@ -402,7 +419,7 @@ def main() -> None:
         read(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="reading,by_turns,augmenting,mixing,writing,cleaning")
+    parser.add_argument("--only", default="reading,by_turns,augmenting,mixing,writing,cleaning,copies")
     parser.add_argument("--faces", type=Path, default=ROOT.parent / "shared" / "faces")
     parser.add_argument("--aligned", type=Path, help="a folder of the aligned table, instead of --faces")
     parser.add_argument("--peers", type=Path, default=ROOT / ".peers" / "loader")
@@ -418,6 +435,7 @@ def main() -> None:
             "mixing": lambda: mixing(work),
             "writing": lambda: writing(faces, work),
             "cleaning": lambda: cleaning(aligned),
+            "copies": lambda: copies(aligned),
         }
         for wanted in arguments.only.split(","):
             print(f"{wanted} ...", flush=True)

@@ -94,12 +94,16 @@ def near_pairs(
             key = key << np.uint64(width) | part
         key = key << beside | group
         order = np.argsort(key)
-        key, word = key[order], words[0, order]
-        for first, second in _candidates(*_runs(key >> beside, key)):
-            few = np.bitwise_count(word[first] ^ word[second]) <= distance  # which tells most of them
-            one, other = order[first[few]], order[second[few]]
-            near = _near(words, one, other, distance)
-            yield one[near] % count, other[near] % count
+        word = words[0, order]
+        for first, second in _candidates(*_runs(key[order], beside)):
+            bits = np.bitwise_count(word[first] ^ word[second])
+            few = np.flatnonzero(bits <= distance)  # by which most are told already
+            one, other, bits = order[first[few]], order[second[few]], bits[few]
+            for later in words[1:]:
+                bits = bits + np.bitwise_count(later[one] ^ later[other])
+                few = np.flatnonzero(bits <= distance)
+                one, other, bits = one[few], other[few], bits[few]
+            yield one % count, other % count
 
 
 def _plan(group: NDArray[np.uint64], distance: int) -> tuple[int, int]:
@@ -132,10 +136,11 @@ def _chosen(hashes: NDArray[np.uint64], bits: NDArray[np.intp]) -> NDArray[np.ui
     return key.astype(np.uint16 if len(bits) <= 16 else np.uint32 if len(bits) <= 32 else np.uint64)
 
 
-def _runs(key: NDArray[np.uint64], group: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Of each place in the order of keys, and of groups among equal keys: where its group ends, and where its key."""
+def _runs(key: NDArray[np.uint64], beside: np.uint64) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Of each place in the order of keys, whose last `beside` bits are the group: where its group ends, and its key."""
+    new_group = np.append(key[1:] != key[:-1], True)
+    key = key >> beside
     new_key = np.append(key[1:] != key[:-1], True)
-    new_group = np.append(group[1:] != group[:-1], True)
     ends = (np.flatnonzero(new) + 1 for new in (new_group, new_key))
     starts, stops = (np.repeat(end, np.diff(end, prepend=0)) for end in ends)
     return starts, stops
@@ -158,17 +163,6 @@ def _candidates(
         second = np.arange(len(first)) + np.repeat(starts[some] + before - (ends - counts)[some], counts[some])
         yield first, second
         begin = end
-
-
-def _near(words: NDArray[np.uint64], one: NDArray[np.intp], other: NDArray[np.intp], distance: int) -> NDArray[np.intp]:
-    """Which pairs differ in at most `distance` bits."""
-    near = np.arange(len(one))
-    bits = np.zeros(len(one), np.uint16)
-    for word in words:
-        bits = bits + np.bitwise_count(word[one[near]] ^ word[other[near]])
-        few = bits <= distance
-        near, bits = near[few], bits[few]
-    return near
 
 
 def bits_apart(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> NDArray[np.uint16]:
