@@ -1,8 +1,9 @@
 """How long each stage of the graph takes, and how much memory: `python -m benchmarks.graph NAME`.
 
-Runs every stage of this folder's params.yaml anew, one after the other by `dvc repro --single-item --force`, and keeps
-the result as benchmarks/results/graph-NAME.json. Seconds are wall-clock and include DVC's hashing; memory is the
-largest sum over all processes of a stage of what each has to itself (unique set size), sampled ten times a second.
+Runs every stage of this folder's params.yaml anew, one after the other by `dvc repro --single-item --force` (deleting
+the checkpoints in this folder), and keeps the result as benchmarks/results/graph-NAME.json. Seconds are wall-clock and
+include DVC's hashing; memory is the largest sum over all processes of a stage of what each has to itself (unique set
+size), sampled ten times a second.
 """
 
 import argparse
@@ -39,8 +40,11 @@ def unique_bytes(root: psutil.Process) -> int:
 
 def measure(stage: str) -> dict[str, Any]:
     """Seconds and peak memory of one stage."""
-    if stage.startswith("align@"):  # even when forced, it would not align again what is aligned already
+    # Even when forced, these would not do again what is done already
+    if stage.startswith("align@"):
         shutil.rmtree(Path("data/aligned") / stage.removeprefix("align@"), ignore_errors=True)
+    if stage == "train":
+        shutil.rmtree("checkpoints", ignore_errors=True)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     started = time.perf_counter()
     process = subprocess.Popen(
