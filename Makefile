@@ -23,8 +23,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), once: about 2 GB on a machine without a GPU, 7 GB with"
 	@$(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
-	@# By all cores, and also where PYTHONDONTWRITEBYTECODE is set, as in many containers: without it each process would
-	@# compile torch and MLflow for itself, 5 s. What fails to compile is for another version of Python.
+	@# Bytecode, by all cores, and also where PYTHONDONTWRITEBYTECODE is set, as in many containers: each process would
+	@# compile torch and MLflow for itself otherwise. What fails to compile is for another version of Python.
 	@$(VENV)/bin/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	@touch $@
 
