@@ -234,7 +234,7 @@ class Clean(Section):
     """Identities with fewer images, after all else, are left out."""
     duplicates: bool
     """Whether copies of a photograph are left out: all but one in an identity; all where identities disagree, and all
-    that an evaluation set has too."""
+    that LFW, YTF or the probes have too; in an identity, all of one that is excluded."""
     near_duplicates: Annotated[int, Field(ge=0, le=32)] | None
     """The same for faces whose perceptual hashes differ in at most so many of 256 bits; null: not looked for."""
     same_names: bool

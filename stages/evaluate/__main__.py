@@ -4,12 +4,13 @@ from pathlib import Path
 
 from pipeline.entry import stage
 from pipeline.params import PAIRED, Params
-from stages.evaluate.run import Trained, run
+from stages.evaluate.leaks import Trained
+from stages.evaluate.run import run
 
 
 def main(params: Params, name: str) -> None:
     """Evaluate the model on one set of pairs."""
-    trained = Trained(Path("data/shards/labels.parquet"), Path(params.shard.clean.names))
+    trained = Trained.read(Path("models"), params)
     run(Path("data/raw") / name, Path("data/embedded") / name, trained, Path("reports") / name, params.evaluate)
 
 

@@ -27,10 +27,10 @@ from stages.evaluate import scoring, uncertainty
 from stages.evaluate.embed import embed
 from stages.evaluate.features import Block
 from stages.evaluate.foreign import read_csv
-from stages.evaluate.leaks import check_leaks
+from stages.evaluate.leaks import Trained, check_leaks
 from stages.evaluate.models import Embedder, load_embedder
 from stages.evaluate.photographs import align_files
-from stages.evaluate.run import Trained, measure
+from stages.evaluate.run import measure
 from stages.evaluate.scoring import EXTRA, FIGURES, FILES, Options, Scored
 from stages.evaluate.verification import EvaluationError
 from stages.train.faces import FaceError, middle
@@ -115,7 +115,7 @@ def _leaked(path: Path, pairs: list[Pair], trained: Trained | None, params: Para
         log.warning("%s: people who are trained on are not looked for, as folders do not tell who is on what", path)
         return None
     names = [PurePath(name).name for name in people.names]
-    return check_leaks(str(path), names, trained.labels, trained.names, params.evaluate.leaks)
+    return check_leaks(str(path), names, trained, params.evaluate.leaks)
 
 
 def find_sets(folder: Path) -> list[Path]:
@@ -254,12 +254,11 @@ def main(params: Params) -> None:
         keep_memory()
         models = Path("models")
         model = load_embedder(models, choose_device(params.machine.device))
-        trained = Trained(Path("data/shards/labels.parquet"), Path(params.shard.clean.names))
-        run(folder, model, trained, out, params)
+        run(folder, model, Trained.read(models, params), out, params)
     else:  # the usual, which takes no model
         _begin(folder, out)
     with atomic(out / "sets.txt") as path:  # there at any rate, for of an empty folder DVC warns
-        path.write_text("".join(f"{file}\n" for file in files) or f"{folder}: no sets there\n")
+        path.write_text("".join(f"{file}\n" for file in files) or f"{folder}: no sets there\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

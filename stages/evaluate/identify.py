@@ -20,9 +20,8 @@ from pipeline.pages import save_png
 from pipeline.params import Evaluate, Params
 from stages.evaluate import features, figures, scoring
 from stages.evaluate.identification import RANKS, Identification, identify
-from stages.evaluate.leaks import check_leaks
+from stages.evaluate.leaks import Trained, check_leaks
 from stages.evaluate.noise import without_noise
-from stages.evaluate.run import Trained
 from stages.evaluate.uncertainty import unbounded
 from stages.evaluate.verification import EvaluationError
 
@@ -74,7 +73,7 @@ def run(
         )
     leaked = None
     if trained is not None:
-        leaked = check_leaks("probes", known["identity"].to_pylist(), trained.labels, trained.names, params.leaks)
+        leaked = check_leaks("probes", known["identity"].to_pylist(), trained, params.leaks)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".megaface-") as folder:
         found = identify(
             np.concatenate(list(_vectors(probes, known, params))),
@@ -187,7 +186,7 @@ def main(params: Params) -> None:
     """Identify the probes by the model of this folder."""
     embedded, out = Path("data/embedded"), Path("reports/megaface")
     out.mkdir(parents=True, exist_ok=True)
-    trained = Trained(Path("data/shards/labels.parquet"), Path(params.shard.clean.names))
+    trained = Trained.read(Path("models"), params)
     device = choose_device(params.machine.device)
     otherwise = "end what else uses it, or set machine.device to cpu"
     with enough_gpu_memory(otherwise):

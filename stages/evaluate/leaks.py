@@ -1,44 +1,88 @@
 """People of the training set in an evaluation set: what makes a figure worthless."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import tables
+from pipeline.params import Params
 from stages.evaluate.verification import EvaluationError
-from stages.shard.clean import name_of, normalised, read_names
+from stages.shard.names import name_of, read_names, spellings
+from stages.shard.reader import Place
 
 log = logging.getLogger(__name__)
 
 _TOLD = 10
+_LABELS = "labels.parquet"
 
 
-def check_leaks(
-    name: str, identities: Iterable[str], labels: Path, names: Path, leaks: Literal["refuse", "report"]
-) -> int:
+@dataclass(frozen=True)
+class Trained:
+    """Whom a model has learnt from."""
+
+    labels: pa.Table
+    """Of its shards, schema tables.LABELS."""
+    names: Path
+    """shard.clean.names, for identities that are numbers."""
+
+    @classmethod
+    def read(cls, models: Path, params: Params) -> "Trained | None":
+        """Of the model of a folder; None, with a warning, where its shards are no longer there.
+
+        Args:
+            models: the folder; model.json has the SHA-256 of what the model was trained on.
+            params: train.data and shard.clean.names.
+
+        Raises:
+            InputError: train.data is no address that can be read here.
+        """
+        place = Place.of(params.train.data)
+        unknown = "whether people of the test sets are trained on cannot be told"
+        try:
+            content = place.read(_LABELS)
+        except tables.TableError as error:
+            log.warning("%s; %s", error, unknown)
+            return None
+        trained_on = json.loads((models / "model.json").read_text())["data"][_LABELS]
+        if hashlib.sha256(content).hexdigest() != trained_on:
+            log.warning(
+                "%s: of other shards than the model in %s was trained on; %s until `dvc repro train` is done",
+                *(place.shown(_LABELS), models, unknown),
+            )
+            return None
+        return cls(place.parsed(_LABELS, content, tables.LABELS), Path(params.shard.clean.names))
+
+
+def check_leaks(name: str, identities: Iterable[str], trained: Trained, leaks: Literal["refuse", "report"]) -> int:
     """How many people of an evaluation set are trained on, by their names, compared as shard.clean.same_names does.
 
     Args:
         name: of the evaluation set.
         identities: its people.
-        labels: labels.parquet of the shards that the model was trained on.
-        names: shard.clean.names, for identities that are numbers.
+        trained: whom the model has learnt from.
         leaks: what happens where there are any.
 
     Raises:
         EvaluationError: there are, and `leaks` is to refuse.
-        TableError, ShardError: a file is absent or malformed.
+        ShardError: the file of names is absent or malformed.
     """
-    table = tables.read_table(labels, tables.LABELS, ["identity", "train"])
-    trained = table.filter(pc.greater(table["train"], 0))["identity"].to_pylist()
-    called = read_names(names)
-    known = {own: identity for identity in trained if (own := name_of(identity, called))}
-    found = [(known[same], each) for each in sorted(set(identities)) if (same := normalised(each)) in known]
+    learnt = trained.labels.filter(pc.greater(trained.labels["train"], 0))["identity"].to_pylist()
+    called = read_names(trained.names)
+    known = {spelling: identity for identity in learnt for spelling in name_of(identity, called)}
+    found = []
+    for each in sorted(set(identities)):
+        same = [known[spelling] for spelling in spellings(each) if spelling in known]
+        if same:
+            found.append((same[0], each))
     if found:
-        told = ", ".join(trained if trained == each else f"{each} ({trained})" for trained, each in found[:_TOLD])
+        told = ", ".join(own if own == each else f"{each} ({own})" for own, each in found[:_TOLD])
         told += f" and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
         text = f"{name}: {len(found)} of its people are trained on: {told}"
         if leaks == "refuse":

@@ -1,7 +1,6 @@
 """The evaluate stage as a function of its folders and parameters; and the same for scores that are at hand."""
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +12,11 @@ from pipeline.pages import save_png
 from pipeline.params import Evaluate
 from pipeline.tracking import MODEL_TAG
 from stages.evaluate import features, figures, scoring, uncertainty
-from stages.evaluate.leaks import check_leaks
+from stages.evaluate.leaks import Trained, check_leaks
 from stages.evaluate.scoring import FLIP, Options, Scored
 from stages.evaluate.verification import EvaluationError, Metrics, Roc
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Whom the model has learnt from."""
-
-    labels: Path
-    """labels.parquet of its shards."""
-    names: Path
-    """shard.clean.names."""
 
 
 def run(raw: Path, embedded: Path, trained: Trained | None, out: Path, params: Evaluate) -> Metrics:
@@ -52,7 +41,7 @@ def run(raw: Path, embedded: Path, trained: Trained | None, out: Path, params: E
     leaked = None
     if trained is not None:
         people = tables.read_parts(embedded, tables.EMBEDDED, ["identity"])["identity"].unique().to_pylist()
-        leaked = check_leaks(embedded.name, people, trained.labels, trained.names, params.leaks)
+        leaked = check_leaks(embedded.name, people, trained, params.leaks)
     frames = features.choose_frames(embedded, names, tables.EMBEDDED)
     options = Options(params.flip, params.centre)
     try:

@@ -14,8 +14,9 @@ from pipeline.params import PAIRED, Params
 from pipeline.tracking import model_digest
 from stages.evaluate import extra, foreign, identify
 from stages.evaluate.embed import embed_set
+from stages.evaluate.leaks import Trained
 from stages.evaluate.models import Embedder
-from stages.evaluate.run import Trained, run
+from stages.evaluate.run import run
 from stages.evaluate.verification import EvaluationError
 
 MEGAFACE = ("probes", "distractors")
@@ -31,7 +32,7 @@ def evaluate_model(model: Embedder, protocols: Sequence[str], out: Path, params:
         model: any model.
         protocols: some of PROTOCOLS.
         out: the folder.
-        params: sections align, evaluate, machine and shard.clean.names.
+        params: sections align, evaluate, machine; train.data and shard.clean.names.
 
     Raises:
         EvaluationError: what `check` refuses, `out` holds anything but results of this model, or a set cannot be
@@ -135,7 +136,7 @@ def _megaface(found: dict[str, Any]) -> str:
 
 def _trained(model: Embedder, params: Params) -> Trained | None:
     """Whom the model has learnt from, if it is the one that was trained here; otherwise that is not known."""
-    models, labels = Path("models"), Path("data/shards/labels.parquet")
-    if not (models / "backbone.safetensors").exists() or not labels.exists() or model_digest(models) != model.digest:
+    models = Path("models")
+    if not (models / "backbone.safetensors").exists() or model_digest(models) != model.digest:
         return None
-    return Trained(labels, Path(params.shard.clean.names))
+    return Trained.read(models, params)

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import logging
 import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline import tables
-from pipeline.errors import InputError
 from pipeline.params import Clean
 from stages.shard.copies import Copies, Equal, Found, Near, Rows
+from stages.shard.errors import ShardError
 from stages.shard.hashes import WORDS
+from stages.shard.names import check_names, name_of, read_lines, read_names, spellings
 
 log = logging.getLogger(__name__)
 
 REASONS = {
     "unreadable": "the photograph cannot be read",
     "no_face": "no face was found",
-    "excluded": "listed in shard.clean.exclude",
+    "excluded": "listed in shard.clean.exclude, or a copy of one of the same identity that is",
     "published_list": "the identity is of an evaluation set, as a published list says",
     "evaluated_name": "the identity bears a name of an evaluation set",
     "evaluated_photograph": "an evaluation set has the same photograph",
@@ -41,10 +41,6 @@ WITHOUT_FACE = ("unreadable", "no_face")
 
 _LISTS = Path(__file__).parent / "lists"
 _EXCLUDE = ["image_id", "identity", "reason"]
-
-
-class ShardError(InputError):
-    """The aligned faces cannot be made into a training set; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +99,8 @@ class _Left:
         self.reason[rows], self.of[rows] = reason, of
 
     def drop_copies(self, rows: Rows, reason: str, found: Found, names: pa.Array) -> None:
-        """Leave out those of `rows`, all of which are still in, that are copies; `names` has what they may be of."""
-        copies = found.of >= 0
+        """Leave out those of `rows` that are copies and still in; `names` has what they may be of."""
+        copies = (found.of >= 0) & self.alive[rows]
         rows = rows[copies]
         self.reason[rows], self.distance[rows] = reason, found.distance[copies]
         self.of[rows] = names.take(pa.array(found.of[copies])).to_pylist()
@@ -114,7 +110,9 @@ def clean(faces: Faces, evaluation: dict[str, Faces], params: Clean) -> pa.Table
     """What is to be left out.
 
     Of copies within an identity the one with the largest face stays, the first of those. Copies that bear different
-    identities all go: at most one label is right, and nobody knows which.
+    identities all go, also where one has gone for another reason: at most one label is right, and nobody knows which.
+    Unless people have said so: an image that they exclude speaks against none of another identity, and takes its copies
+    within its own along.
 
     Args:
         faces: of the training set.
@@ -145,7 +143,7 @@ def clean(faces: Faces, evaluation: dict[str, Faces], params: Clean) -> pa.Table
             )
     if params.same_names:
         called = read_names(Path(params.names))
-        _check_names(called, names.tolist(), params.names)
+        check_names(called, names.tolist(), params.names)
         _drop_names(left, code, names, evaluation, called)
     if params.duplicates:
         _drop_copies(left, faces, code, evaluation, params.near_duplicates)
@@ -154,8 +152,8 @@ def clean(faces: Faces, evaluation: dict[str, Faces], params: Clean) -> pa.Table
     kept = int((counts >= params.min_images).sum())
     if kept < 2:
         raise ShardError(
-            f"{kept} of {len(names)} identities have at least shard.clean.min_images = {params.min_images} faces; "
-            "training needs at least 2"
+            f"{kept} of {len(names)} identities have at least shard.clean.min_images = {params.min_images} faces left; "
+            f"training needs at least 2. Images left out: {_summary(left, faces.image_id)}"
         )
     rows = np.flatnonzero(~left.alive)
     return pa.table(
@@ -170,59 +168,15 @@ def clean(faces: Faces, evaluation: dict[str, Faces], params: Clean) -> pa.Table
     )
 
 
-def normalised(name: str) -> str:
-    """A name as it is compared: without case, accents, and all that is neither letter nor digit."""
-    decomposed = unicodedata.normalize("NFKD", name)
-    return "".join(c for c in decomposed.casefold() if c.isalnum())
-
-
-def name_of(identity: str, called: dict[str, str]) -> str:
-    """The name of an identity of the training set, as it is compared; empty where it has none.
-
-    What has no letter is a number that somebody gave: two sets that count from 0 do not share people for that. Unless
-    `called`, of read_names, has it for a name.
-    """
-    if identity in called:
-        return normalised(called[identity])
-    return normalised(identity) if any(c.isalpha() for c in identity) else ""
-
-
-def read_names(path: Path) -> dict[str, str]:
-    """The names of identities that are numbers, `<identity> <name>` a line; a tab, if there is one, separates them.
-
-    Raises:
-        ShardError: there is no such file, a line has no name, or two give an identity different ones.
-    """
-    names: dict[str, str] = {}
-    for number, line in enumerate(map(str.strip, _lines(path, "shard.clean.names")), 1):
-        if not line or line.startswith("#"):
-            continue
-        identity, *name = (part.strip() for part in line.split("\t" if "\t" in line else None, maxsplit=1))
-        if not name:
-            raise ShardError(f"{path}: line {number}: expected `<identity> <name>`, not {line!r}")
-        if names.setdefault(identity, name[0]) != name[0]:
-            raise ShardError(
-                f"{path}: line {number}: {identity!r} would be {name[0]!r}, but is {names[identity]!r} by an earlier "
-                "line; keep one of them, or put a tab behind each identity if they contain spaces"
-            )
-    return names
-
-
-def _check_names(called: dict[str, str], identities: list[str], origin: str) -> None:
-    """Refuse names of another set, or of identities written otherwise; names of a larger set will do."""
-    known = set(identities)
-    for identity in identities:
-        first, _, rest = identity.partition(" ")
-        if rest and first not in known and f"{called.get(first, '')} ".startswith(f"{rest.strip()} "):
-            raise ShardError(
-                f"{origin}: {first!r} is called {called[first]!r}, but the training set has {identity!r}; put a tab "
-                "behind an identity that contains spaces"
-            )
-    if called and called.keys().isdisjoint(known):
-        raise ShardError(
-            f"{origin}: the training set has none of its identities, such as {next(iter(called))!r}; the set's are "
-            f"written as {identities[0]!r}. Set shard.clean.names in params.yaml to this set's list, or empty the file"
-        )
+def _summary(left: _Left, image_id: pa.ChunkedArray) -> str:
+    """How many images are left out for each reason, with the first of them for an example."""
+    told = []
+    for reason, why in REASONS.items():
+        rows = np.flatnonzero(left.reason == reason)
+        if len(rows):
+            example = f"{image_id[int(rows[0])]}" + (f": {left.of[rows[0]]}" if left.of[rows[0]] else "")
+            told.append(f"{len(rows)} {reason} ({why}; such as {example})")
+    return ", ".join(told)
 
 
 def read_exclude(path: Path, faces: Faces) -> tuple[NDArray[np.intp], list[str]]:
@@ -233,7 +187,7 @@ def read_exclude(path: Path, faces: Faces) -> tuple[NDArray[np.intp], list[str]]
     Raises:
         ShardError: there is no such file, it has other columns, or names what is not in the set.
     """
-    reader = csv.DictReader(_lines(path, "shard.clean.exclude"))
+    reader = csv.DictReader(read_lines(path, "shard.clean.exclude"))
     if reader.fieldnames != _EXCLUDE:
         raise ShardError(
             f"{path}: its first line must be {','.join(_EXCLUDE)!r}, not {','.join(reader.fieldnames or [])!r}"
@@ -256,15 +210,6 @@ def read_exclude(path: Path, faces: Faces) -> tuple[NDArray[np.intp], list[str]]
     return np.asarray(images, np.intp), identities
 
 
-def _lines(path: Path, key: str) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()  # with or without the mark that Windows puts first
-    except FileNotFoundError as error:
-        raise ShardError(f"{path}: no such file, though {key} in params.yaml names it") from error
-    except UnicodeDecodeError as error:
-        raise ShardError(f"{path}: not text in UTF-8: {error}") from error
-
-
 def _listed(name: str) -> list[str]:
     lines = (_LISTS / f"{name}.txt").read_text().splitlines()
     return [line for line in lines if re.fullmatch(r"\w+", line)]
@@ -282,21 +227,21 @@ def _drop_names(
     called: dict[str, str],
 ) -> None:
     theirs = {
-        normalised(identity): f"{name}: {identity}"
+        spelling: f"{name}: {identity}"
         for name, known in reversed(evaluation.items())
         for identity in sorted(set(known.identity.to_pylist()))
+        for spelling in spellings(identity)
     }
     for number, identity in enumerate(names):
-        own = name_of(identity, called)
-        same = theirs.get(own) if own else None
-        if same is not None:
-            left.drop(np.flatnonzero(code == number), "evaluated_name", same)
+        same = [theirs[spelling] for spelling in name_of(identity, called) if spelling in theirs]
+        if same:
+            left.drop(np.flatnonzero(code == number), "evaluated_name", same[0])
 
 
 def _drop_copies(
     left: _Left, faces: Faces, code: NDArray[np.intp], evaluation: dict[str, Faces], near: int | None
 ) -> None:
-    """Equal photographs first, then nearly equal faces."""
+    """Those of what people have excluded; then equal photographs, and nearly equal faces."""
     pictured = {name: np.flatnonzero(known.pictured) for name, known in evaluation.items()}
     theirs = pa.array(
         [
@@ -315,11 +260,15 @@ def _drop_copies(
         kinds["evaluated_near", "contradiction_near", "near_duplicate"] = Near(
             faces.hashes, np.concatenate([np.empty((0, 2, WORDS), np.uint64), *hashes]), near
         )
+    excluded = np.flatnonzero(faces.pictured & (left.reason == "excluded"))
+    for copies in kinds.values():
+        rows = np.flatnonzero(left.alive)
+        left.drop_copies(rows, "excluded", copies.among(rows, excluded, code), faces.image_id)
+    witnesses = np.flatnonzero(faces.pictured & (left.reason != "excluded"))
     best_first = np.argsort(-faces.size, kind="stable")
     for (evaluated, contradiction, duplicate), copies in kinds.items():
         rows = np.flatnonzero(left.alive)
         left.drop_copies(rows, evaluated, copies.evaluated(rows), theirs)
-        rows = np.flatnonzero(left.alive)
-        left.drop_copies(rows, contradiction, copies.contradicting(rows, code), faces.image_id)
+        left.drop_copies(witnesses, contradiction, copies.contradicting(witnesses, code), faces.image_id)
         rows = best_first[left.alive[best_first]]
         left.drop_copies(rows, duplicate, copies.better(rows, code), faces.image_id)

@@ -30,6 +30,9 @@ class Found(NamedTuple):
 class Copies(Protocol):
     """A kind of copy."""
 
+    def among(self, rows: Rows, others: Rows, identity: NDArray[np.intp]) -> Found:
+        """The first of `others`, few rows which ascend, that each row is a copy of and that bears its identity."""
+
     def evaluated(self, rows: Rows) -> Found:
         """The first photograph of an evaluation set that each row is a copy of."""
 
@@ -45,10 +48,19 @@ class Equal:
 
     def __init__(self, ours: pa.ChunkedArray, theirs: list[pa.ChunkedArray]) -> None:
         """From the SHA-256 of each photograph of the training set and of the evaluation sets."""
-        everything = pa.chunked_array([chunk for column in (ours, *theirs) for chunk in column.chunks], pa.string())
+        chunks = [chunk for column in (ours, *theirs) for chunk in column.chunks]
+        everything = pa.chunked_array(chunks, pa.string()).cast(pa.large_string())  # they may be of more than 2 GiB
         contents = pc.unique(everything)
         self._content = pc.index_in(everything, value_set=contents).to_numpy()
         self._ours, self._contents = len(ours), len(contents)
+
+    def among(self, rows: Rows, others: Rows, identity: NDArray[np.intp]) -> Found:
+        """The first of `others`, few rows which ascend, that each row is a copy of and that bears its identity."""
+        of = np.full(len(rows), -1)
+        for person in np.unique(identity[others]):
+            places, theirs = np.flatnonzero(identity[rows] == person), others[identity[others] == person]
+            of[places] = self._first(self._content[theirs], theirs)[self._content[rows[places]]]
+        return self._found(of)
 
     def evaluated(self, rows: Rows) -> Found:
         """The first photograph of an evaluation set that each row is a copy of."""
@@ -89,6 +101,15 @@ class Near:
     """(photographs, 2, 4), of the evaluation sets."""
     bits: int
     """In how many they may differ."""
+
+    def among(self, rows: Rows, others: Rows, identity: NDArray[np.intp]) -> Found:
+        """The first of `others`, few rows which ascend, that each row is near and that bears its identity."""
+        of = np.full(len(rows), -1)
+        for person in np.unique(identity[others]):
+            places, theirs = np.flatnonzero(identity[rows] == person), others[identity[others] == person]
+            near = bits_apart(self.ours[rows[places], None], self.ours[None, theirs]) <= self.bits
+            of[places] = np.where(near.any(axis=1), theirs[near.argmax(axis=1)], -1)
+        return self._found(rows, of, self.ours)
 
     def evaluated(self, rows: Rows) -> Found:
         """The first photograph of an evaluation set that each row is near."""

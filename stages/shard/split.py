@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from pipeline.params import Shard, Validation
 from pipeline.tables import LABELS, VAL_PAIRS
-from stages.shard.clean import REASONS, WITHOUT_FACE, ShardError
+from stages.shard.clean import REASONS, WITHOUT_FACE
+from stages.shard.errors import ShardError
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from pipeline.params import SETS, Backbone, MegaFace, load_params
-from pipeline.tables import ALIGNED, LABELS, PAIRS, part_path, write_table
+from pipeline.tables import ALIGNED, LABELS, PAIRS, part_path, sha256_file, write_table
 from stages.evaluate import identify
 from stages.evaluate.embed import embed_set
+from stages.evaluate.leaks import Trained
 from stages.evaluate.models import load_embedder
-from stages.evaluate.run import Trained, run
+from stages.evaluate.run import run
 from stages.train.model import build_model, save_model
 from tests.conftest import ROOT
 from tests.samples import face_like, jpeg
@@ -35,6 +36,7 @@ BACKBONE = Backbone(name="small", width=112, embedding=8)
 class Workspace:
     raw: Path
     aligned: Path
+    shards: Path
     embedded: Path
     models: Path
     reports: Path
@@ -78,11 +80,11 @@ def write_pairs(path: Path, names: list[str], count: int, folds: int) -> None:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Read it, do not write into it: it serves all tests."""
     root = tmp_path_factory.mktemp("workspace")
-    trained = Trained(root / "shards" / "labels.parquet", root / "names.txt")
-    raw, aligned, embedded, models, into = (root / name for name in ("raw", "aligned", "embedded", "models", "reports"))
-    made = Workspace(raw, aligned, embedded, models, into, trained)
     people = [{"label": i, "identity": f"trained{i}", "images": 4, "train": 4, "val": 0} for i in range(8)]
-    write_table(trained.labels, pa.Table.from_pylist(people, LABELS), LABELS)
+    trained = Trained(pa.Table.from_pylist(people, LABELS), root / "names.txt")
+    raw, aligned, embedded, models, into = (root / name for name in ("raw", "aligned", "embedded", "models", "reports"))
+    made = Workspace(raw, aligned, root / "shards", embedded, models, into, trained)
+    write_table(made.shards / "labels.parquet", trained.labels, LABELS)
     trained.names.write_text("trained0 Somebody Else\n")
     write_rows(made.aligned / "train", [row(f"{i}/{k}", photo=k) for i in range(8) for k in range(4)])
 
@@ -104,7 +106,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     write_rows(made.aligned / "distractors", [row(f"{i}/0", photo=7) for i in range(20, 50)])
 
     torch.manual_seed(1)
-    save_model(made.models, build_model(BACKBONE), nn.Linear(2, 2), {"backbone": BACKBONE.model_dump()})
+    data = {"labels.parquet": sha256_file(made.shards / "labels.parquet")}
+    description = {"backbone": BACKBONE.model_dump(), "data": data}
+    save_model(made.models, build_model(BACKBONE), nn.Linear(2, 2), description)
     (made.models / "train.json").write_text(json.dumps({"iterations": 30, "images": 1234, "identities": 8}))
     (made.models / "history.csv").write_text(
         "iteration,loss,accuracy,learning_rate,val_accuracy,val_auc\n"

@@ -99,9 +99,8 @@ def test_people_who_are_trained_on_are_refused_or_told(workspace: Workspace, tmp
     """
     people = [{"label": 0, "identity": "0000045", "train": 3}, {"label": 1, "identity": "5", "train": 2}]
     people += [{"label": 2, "identity": "2", "train": 0, "val": 3}, {"label": 3, "identity": "4", "train": 3}]
-    write_table(tmp_path / "labels.parquet", pa.Table.from_pylist(people, LABELS), LABELS)
     (tmp_path / "names.txt").write_text("0000045 3.\n5 5\n2 2\n")
-    trained = Trained(tmp_path / "labels.parquet", tmp_path / "names.txt")
+    trained = Trained(pa.Table.from_pylist(people, LABELS), tmp_path / "names.txt")
     folders = (workspace.raw / "lfw", workspace.embedded / "lfw", trained, tmp_path / "out")
     with pytest.raises(EvaluationError, match=r"lfw: 2 of its people are trained on: 3 \(0000045\), 5\. Leave them"):
         run(*folders, EVALUATE)
@@ -178,9 +177,8 @@ def test_identification_is_the_brute_force_on_what_is_embedded(flip: str, tmp_pa
     megaface = MegaFace(distractors=[3, 20, 59], seed=5, fars=[0.1, 0.01, 0.0001], noise=EVALUATE.megaface.noise)
     section = EVALUATE.model_copy(update={"flip": flip, "megaface": megaface})
     people_trained_on = [{"label": 0, "identity": "e", "train": 3}]
-    write_table(tmp_path / "labels.parquet", pa.Table.from_pylist(people_trained_on, LABELS), LABELS)
     (tmp_path / "names.txt").write_text("")
-    trained = Trained(tmp_path / "labels.parquet", tmp_path / "names.txt")
+    trained = Trained(pa.Table.from_pylist(people_trained_on, LABELS), tmp_path / "names.txt")
     identify.run(probes, distractors, trained, tmp_path / "out", section, torch.device("cpu"))
     metrics = assert_identified(tmp_path / "out", probes, distractors, section)
     assert (metrics["people"], metrics["pairs"]) == (4, 4 * 3 + 4 * 3 + 3 * 2 + 3 * 2)
@@ -196,9 +194,8 @@ def test_probes_who_are_trained_on_are_refused_or_told(workspace: Workspace, tmp
     """By their names in letters and digits alone; those that are only validated count for nothing."""
     people = [{"label": 0, "identity": "0000045", "train": 3}, {"label": 1, "identity": "b", "train": 2}]
     people += [{"label": 2, "identity": "11", "train": 0, "val": 3}, {"label": 3, "identity": "13x", "train": 4}]
-    write_table(tmp_path / "labels.parquet", pa.Table.from_pylist(people, LABELS), LABELS)
     (tmp_path / "names.txt").write_text("0000045 10.\nb 1-2\n11 11\n")
-    trained = Trained(tmp_path / "labels.parquet", tmp_path / "names.txt")
+    trained = Trained(pa.Table.from_pylist(people, LABELS), tmp_path / "names.txt")
     sets, cpu = (workspace.embedded / "probes", workspace.embedded / "distractors"), torch.device("cpu")
     with pytest.raises(
         EvaluationError, match=r"probes: 2 of its people are trained on: 10 \(0000045\), 12 \(b\)\. Leave them"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.params import Params
-from pipeline.tables import LABELS, write_table
+from pipeline.tables import LABELS
 from stages.download import synthetic
 from stages.evaluate.comparison import compare_runs, stored_scores
 from stages.evaluate.extra import read_bin, run
@@ -151,9 +151,8 @@ def test_people_who_are_trained_on_are_looked_for_where_folders_tell_them(tmp_pa
         (folder / image).write_bytes(jpeg(face_like(names.index(image.split("/")[1]), int(image[-5]))))
     with (folder / "mine.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("left", "right", "same", "fold"), *rows])
-    trained = Trained(tmp_path / "labels.parquet", tmp_path / "names.txt")
     people = [{"label": 0, "identity": "0000045", "train": 3}, {"label": 1, "identity": "bob", "train": 2}]
-    write_table(trained.labels, pa.Table.from_pylist(people, LABELS), LABELS)
+    trained = Trained(pa.Table.from_pylist(people, LABELS), tmp_path / "names.txt")
     trained.names.write_text("0000045 Ada\n")
     with pytest.raises(EvaluationError, match=r"^\S*mine\.csv: 2 of its people are trained on: Ada \(0000045\), Bob"):
         run(folder, MODEL, trained, tmp_path / "out", here)
@@ -171,7 +170,7 @@ def test_it_is_told_where_nobody_is_looked_for(tmp_path: Path, here: Params, cap
     rows = "".join(f"{i}0.jpg,{i}1.jpg,1\n{i}0.jpg,{(i + 1) % 4}1.jpg,0\n" for i in range(4))
     (tmp_path / "MINE.CSV").write_text("left,right,same\n" + rows)
     with caplog.at_level("INFO"):
-        run(tmp_path, MODEL, Trained(tmp_path / "absent", tmp_path / "absent"), tmp_path / "out", here)
+        run(tmp_path, MODEL, Trained(LABELS.empty_table(), tmp_path / "absent"), tmp_path / "out", here)
     assert f"{tmp_path}: passed over 8 .jpg" in caplog.messages
     assert any("MINE.CSV: people who are trained on are not looked for" in line for line in caplog.messages)
     assert json.loads((tmp_path / "out" / "MINE" / "metrics.json").read_text())["leaked_identities"] is None

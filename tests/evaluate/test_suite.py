@@ -1,10 +1,12 @@
 """Any model by all protocols: the same as the stages, somewhere else."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -26,11 +28,11 @@ ALL = ("lfw", "ytf", "megaface")
 @pytest.fixture
 def project(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder laid out as this one, with the workspace's sets and model."""
-    (tmp_path / "data" / "shards").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
     for name, target in (
         ("data/raw", workspace.raw),
         ("data/aligned", workspace.aligned),
-        ("data/shards/labels.parquet", workspace.trained.labels),
+        ("data/shards", workspace.shards),
         ("models", workspace.models),
     ):
         (tmp_path / name).symlink_to(target)
@@ -79,6 +81,29 @@ def test_an_onnx_file_gets_the_same_scores(project: Path, reports: Path, workspa
     digests = [tables.metadata(path, MODEL_TAG) for path in paths]
     assert digests[0] == digests[1] == tables.sha256_file(workspace.models / "backbone.safetensors")
     assert json.loads((project / "own" / "lfw" / "metrics.json").read_text())["leaked_identities"] is None
+
+
+def test_whom_it_was_trained_on_is_not_told_by_other_shards(
+    project: Path, workspace: Workspace, model: Embedder, here: Params, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those may leave out the very people that it was trained on; or it was trained on shards that lie elsewhere."""
+    elsewhere = shutil.copytree(workspace.shards, project / "elsewhere")
+    (project / "data" / "shards").unlink()
+    (project / "data" / "shards").mkdir()
+
+    def leaked(params: Params) -> int | None:
+        evaluate_model(model, ["lfw"], project / "own", params)
+        found: int | None = json.loads((project / "own" / "lfw" / "metrics.json").read_text())["leaked_identities"]
+        return found
+
+    assert leaked(here) is None
+    assert "data/shards/labels.parquet: no such file" in caplog.text
+    others = [{"label": 0, "identity": "somebody else", "images": 4, "train": 4, "val": 0}]
+    tables.write_table(Path("data/shards/labels.parquet"), pa.Table.from_pylist(others, tables.LABELS), tables.LABELS)
+    assert leaked(here) is None
+    assert "data/shards/labels.parquet: of other shards than the model in models was trained on; whether" in caplog.text
+    train = here.train.model_copy(update={"data": str(elsewhere)})
+    assert leaked(here.model_copy(update={"train": train})) == 0
 
 
 def with_extra(params: Params, folder: str) -> Params:

@@ -215,6 +215,22 @@ def test_verify_names_every_fault(folder: Path) -> None:
         assert part in str(caught.value)
 
 
+def test_verify_where_no_list_of_files_is_to_be_had(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As from a host that hands out files alone: all else is looked at, and told."""
+
+    def refused(place: Place, pattern: str) -> set[str]:
+        raise TableError(f"{place.shown(pattern)}: cannot be read: 403")
+
+    monkeypatch.setattr(Place, "names", refused)
+    assert verify(str(folder), HERE).rows == 24
+    assert "*-of-*.parquet: cannot be read: 403; so files that are not in index.json go unnoticed" in caplog.text
+    (folder / "dropped.parquet").unlink()
+    with pytest.raises(TableError, match=r"1 faults\n.*dropped\.parquet: no such file"):
+        verify(str(folder), HERE)
+
+
 def test_verify_counts_labels(folder: Path) -> None:
     """Files that are what the index says, but not what labels.parquet says."""
     from pipeline.tables import LABELS, read_table, sha256_file

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from pipeline.params import Shard
 from stages.shard.clean import REASONS
-from stages.shard.split import ShardError, draw_pairs, make_plan, shuffled
+from stages.shard.errors import ShardError
+from stages.shard.split import draw_pairs, make_plan, shuffled
 from tests.samples import shard_section
 
 
