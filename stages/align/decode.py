@@ -9,14 +9,28 @@ from collections.abc import Callable
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What is tried. Pillow knows more, which photographs do not come in and whose readers are less well worn."""
 _MAX_SIDE = 32_766
 """The longest side that OpenCV can warp, pixels."""
+_MAX_SCANS = 500
+"""Of a JPEG; progressive ones have ten. Each takes a pass over all of its pixels, and a hundred bytes may be one."""
+_SCAN = b"\xff\xda"
+"""What a scan of a JPEG begins with, and nothing in it is."""
 _ORIENTATION = 0x0112
 """EXIF's tag."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation (EXIF 2.32, 4.6.4 A)."""
 _FAILURES = (
     OSError,
     SyntaxError,
@@ -44,7 +58,7 @@ def decode(content: bytes) -> NDArray[np.uint8]:
 
     Raises:
         UnreadableImage: empty, not an image, truncated or otherwise broken, or too large: above 89 million pixels
-            (Pillow's limit against decompression bombs) or 32,766 on a side.
+            (Pillow's limit against decompression bombs), 32,766 on a side, or 500 scans.
     """
     return decode_reduced(content, lambda height, width: 1)[0]
 
@@ -71,6 +85,8 @@ def decode_reduced(content: bytes, reduction: Callable[[int, int], int]) -> tupl
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if max(image.size) > _MAX_SIDE:
                     raise UnreadableImage(f"too large: {image.width}×{image.height} pixels")
+                if image.format == "JPEG" and (scans := content.count(_SCAN)) > _MAX_SCANS:
+                    raise UnreadableImage(f"too large: {scans} scans")
                 if image.mode == "F" or (image.format == "TIFF" and image.mode == "I"):
                     raise UnreadableImage("floating-point or 32-bit samples, whose range is unknown")
                 if image.format == "JPEG" and image.mode in ("RGB", "L") and _upright(image):
@@ -78,7 +94,7 @@ def decode_reduced(content: bytes, reduction: Callable[[int, int], int]) -> tupl
                     fast = _jpeg(content, -(-image.height // by), -(-image.width // by))
                     if fast is not None:
                         return fast, by
-                return _rgb(ImageOps.exif_transpose(image)), 1
+                return _rgb(_turned(image)), 1
         except UnreadableImage:
             raise
         except Image.UnidentifiedImageError:
@@ -90,7 +106,14 @@ def decode_reduced(content: bytes, reduction: Callable[[int, int], int]) -> tupl
 
 
 def _upright(image: Image.Image) -> bool:
-    return "exif" not in image.info or image.getexif().get(_ORIENTATION, 1) == 1
+    return "exif" not in image.info or image.getexif().get(_ORIENTATION, 1) not in _TURNS
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """Upright. Not by Pillow's exif_transpose, which writes the EXIF data anew and fails where a tag of it is odd."""
+    image.load()  # before what it says: PNG and TIFF have it behind the pixels
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _jpeg(content: bytes, height: int, width: int) -> NDArray[np.uint8] | None:

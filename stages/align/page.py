@@ -267,7 +267,7 @@ def _charts(score: NDArray[np.float32], size: NDArray[np.float64], residual: NDA
         ("Distance of the five landmarks to the template", residual, "pixels of the aligned face", True),
     ):
         figure, plot = pages.axes()
-        plot.hist(values, bins=50, color=pages.SAME)
+        plot.hist(values.astype(np.float64), bins=50, color=pages.SAME)  # fp32 may not tell 50 edges apart
         plot.set(xlabel=label, ylabel="photographs", yscale="log" if log_counts else "linear")
         charts[caption] = pages.to_svg(figure, caption.split()[0].lower())
     return charts

@@ -65,7 +65,7 @@ def run(raw: Path, out: Path, params: Align, machine: Machine, *, evaluation: bo
     sources = tables.parts(raw)
     targets = [out / source.name for source in sources]
     made_by = tables.fingerprint(params.model_dump(), evaluation, code=CODE)
-    aside = out.with_name(f".{out.name}.earlier")
+    aside = out.with_name(f".{out.name}.earlier").resolve()  # as the rest of what workers are told, wherever they are
     with tables.locked(out):
         done = {target for source, target in zip(sources, targets, strict=True) if is_done(source, target, made_by)}
         earlier = set_aside(out, aside, done, made_by)

@@ -148,8 +148,9 @@ def _tar_members(archive: Path) -> Iterator[Member]:
             file.members.clear()  # pyrefly: ignore[missing-attribute]  # or it would remember half a million
         # The end of a compressed tar holds its checksum, which is compared when it is read.
         assert file.fileobj is not None
-        while file.fileobj.read(_CHUNK):
-            pass
+        while chunk := file.fileobj.read(_CHUNK):
+            if chunk.strip(b"\0"):
+                raise ReadError("more follows its end; archives put behind one another have to be packed as one")
 
 
 def _open_tar(archive: Path) -> TarFile:

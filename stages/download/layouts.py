@@ -97,6 +97,20 @@ def above(set_name: str, name: str) -> list[str]:
     return [part for part in _parts(name)[: -_DEPTH[set_name]] if part.lower() not in _SHARES]
 
 
+def within(set_name: str, paths: Iterable[str]) -> tuple[str, str] | None:
+    """Two photographs of two people, the second's folder within the first's; None if there are none such.
+
+    Args:
+        paths: a photograph of each person.
+    """
+    folders = {tuple(_parts(path)[: 1 - _DEPTH[set_name]]): path for path in paths}
+    for folder, path in folders.items():
+        for depth in range(1, len(folder)):
+            if folder[:depth] in folders:
+                return folders[folder[:depth]], path
+    return None
+
+
 def alike(identities: Iterable[str]) -> list[list[str]]:
     """Identities, two or more each time, that differ only in case, in spaces, or in how Unicode composes letters."""
     groups = defaultdict(list)

@@ -19,7 +19,7 @@ from stages.download import synthetic
 from stages.download.archives import Kind, Member, archive_members, folder_digest, folder_members
 from stages.download.errors import SourceError
 from stages.download.fetch import Obtained, Wanted, obtain
-from stages.download.layouts import EXPECTED, HARMLESS, Ids, above, alike, ids, why_skipped
+from stages.download.layouts import EXPECTED, HARMLESS, Ids, above, alike, ids, why_skipped, within
 from stages.download.protocols import Pair, check_pairs, pairs_table, read_pairs
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def _write_set(
             check_pairs(pairs, known, shown(source.pairs), shown(source.location))
             tables.write_table(unfinished / "pairs.parquet", pairs_table(pairs), tables.PAIRS)
         if contents.lost:
-            with tables.atomic(unfinished / PASSED_OVER) as path, path.open("w", newline="") as file:
+            with tables.atomic(unfinished / PASSED_OVER) as path, path.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file, lineterminator="\n").writerows([("name", "reason"), *contents.lost])
     return contents
 
@@ -266,6 +266,11 @@ def _check(set_name: str, source: Local | Archive, contents: Contents) -> None:
         found = "; ".join(f"{n:,} {why}, as {contents.examples[why]}" for why, n in contents.skipped.most_common())
         raise SourceError(
             f"{shown(source.location)}: no images; expected .../{EXPECTED[set_name]}, found {found or 'no files'}"
+        )
+    if set_name != "distractors" and (nested := within(set_name, contents.identities.values())):
+        raise SourceError(
+            f"{shown(source.location)}: {nested[1]} lies in a folder within that of {nested[0]}: one person or two? "
+            f"Give each person one folder, and none within another: .../{EXPECTED[set_name]}"
         )
     if set_name == "train" and len(contents.identities) < 2:
         raise SourceError(

@@ -205,13 +205,23 @@ def test_two_workers_write_the_same_bytes_though_another_was_killed(
     assert files(out, tmp_path / "reports" / "train") == files(aligned, aligned.parent / "reports" / "train")
 
 
-def test_a_dask_cluster_writes_the_same_bytes(raw: Path, aligned: Path, tmp_path: Path) -> None:
+def test_a_dask_cluster_writes_the_same_bytes(
+    raw: Path, aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a worker in another folder; and so it does where all rows but one are taken over from an earlier run."""
+    monkeypatch.chdir(tmp_path)
+    out, report = Path("train"), Path("reports") / "train"
     scheduler = ("scheduler", "--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0", "--port", "0")
     with dask(*scheduler, wait_for="Scheduler at:") as (_, address), worker(address):
         where = machine(1).model_copy(update={"executor": address})
-        report = tmp_path / "reports" / "train"
-        run(raw, tmp_path / "train", PARAMS, where, evaluation=False, report=report)
-    assert files(tmp_path / "train", report) == files(aligned, aligned.parent / "reports" / "train")
+        run(raw, out, PARAMS, where, evaluation=False, report=report)
+        assert files(out, report) == files(aligned, aligned.parent / "reports" / "train")
+        first, *others = (tables.read_table(path, tables.RAW) for path in tables.parts(raw))
+        for index, part in enumerate((first[1:], *others)):
+            tables.write_table(tables.part_path(Path("fewer"), index), part, tables.RAW)
+        run(Path("fewer"), out, PARAMS, where, evaluation=False, report=report)
+    left_out = first["image_id"][0].as_py()
+    assert rows(out) == {name: row for name, row in rows(aligned).items() if name != left_out}
 
 
 def test_a_killed_run_goes_on_from_the_first_missing_part(raw: Path, aligned: Path, tmp_path: Path) -> None:

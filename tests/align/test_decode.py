@@ -1,6 +1,7 @@
 """Decoding against the pixels that were encoded, by OpenCV or Pillow."""
 
 import io
+import struct
 from typing import Any
 
 import cv2
@@ -105,6 +106,21 @@ def test_exif_rotation_is_undone(orientation: int, upright: NDArray[np.uint8]) -
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert difference(encoded(RGB, "JPEG", quality=95, exif=exif), upright) < 4
+    assert difference(encoded(RGB, "PNG", exif=exif), upright) == 0
+    # of a maker who is a number, and of a width below zero: a camera's fault, and none of the picture
+    odd = struct.pack("<HHIf", 0x010F, 11, 1, 1.5), struct.pack("<HHIi", 0x0100, 9, 1, -5)
+    tags = (*odd, struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0))
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(sorted(tags)) + bytes(4)
+    assert difference(encoded(RGB, "JPEG", quality=95, exif=block), upright) < 4
+
+
+def test_a_small_file_may_not_take_hours() -> None:
+    content = encoded(RGB, "JPEG", quality=95, progressive=True)
+    assert content.count(b"\xff\xda") == 10
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    assert difference(content[:-2] + 3 * scan + content[-2:], RGB) < 4
+    with pytest.raises(UnreadableImage, match="too large: 1010 scans"):
+        decode(content[:-2] + 1000 * scan + content[-2:])
 
 
 def test_what_follows_the_end_of_a_jpeg_does_no_harm() -> None:

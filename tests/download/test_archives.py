@@ -91,6 +91,17 @@ def test_damaged_content_is_noticed(kind: str, tmp_path: Path) -> None:
         read(archive)
 
 
+@pytest.mark.parametrize("mode", ["w:", "w:gz", "w:xz"])
+def test_tars_put_behind_one_another_are_refused(mode: Literal["w:", "w:gz", "w:xz"], tmp_path: Path) -> None:
+    """Of which tarfile, as tar itself, reads the first."""
+    for name in ("a", "b"):
+        tarred(tmp_path / name, {f"{name}/1.jpg": b"x"}, mode)
+    both = tmp_path / "both.tar"
+    both.write_bytes((tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes())
+    with pytest.raises(SourceError, match=r"both\.tar: cannot be read beyond 'a/1\.jpg': more follows its end"):
+        read(both)
+
+
 def test_a_damaged_member_is_named(tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     WRITERS["stored.zip"](archive, TREE)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from stages.download.errors import SourceError
-from stages.download.layouts import HARMLESS, IMAGES, Ids, above, alike, ids, why_skipped
+from stages.download.layouts import HARMLESS, IMAGES, Ids, above, alike, ids, why_skipped, within
 from stages.download.protocols import Pair, check_pairs, pairs_table, read_pairs
 
 
@@ -101,6 +101,21 @@ def test_a_frame_needs_a_number(file: str) -> None:
 def test_whether_one_folder_is_above_both(set_name: str, one: str, other: str, same: bool) -> None:
     assert ids(set_name, one).identity == ids(set_name, other).identity
     assert (above(set_name, one) == above(set_name, other)) == same
+
+
+@pytest.mark.parametrize(
+    ("set_name", "paths", "nested"),
+    [
+        ("train", ["a/1.jpg", "a/holiday/1.jpg", "b/1.jpg"], ("a/1.jpg", "a/holiday/1.jpg")),
+        ("train", ["b/1.jpg", "top/a/2020/holiday/1.jpg", "top/a/1.jpg"], ("top/a/1.jpg", "top/a/2020/holiday/1.jpg")),
+        ("train", ["top/a/1.jpg", "top/b/1.jpg", "top/more/ab/1.jpg"], None),
+        ("lfw", ["lfw/lfw.jpg", "lfw/Al/Al_0001.jpg"], ("lfw/lfw.jpg", "lfw/Al/Al_0001.jpg")),
+        ("ytf", ["top/a/0/0.1.jpg", "top/b/0/0.1.jpg"], None),
+        ("ytf", ["top/a/0/0.1.jpg", "top/a/0/b/0/0.1.jpg"], ("top/a/0/0.1.jpg", "top/a/0/b/0/0.1.jpg")),
+    ],
+)
+def test_whether_a_person_lies_within_another(set_name: str, paths: list[str], nested: tuple[str, str] | None) -> None:
+    assert within(set_name, paths) == nested
 
 
 def test_identities_that_look_alike() -> None:
