@@ -160,10 +160,10 @@ def _check_same_pairs(a: Scored, b: Scored, file_a: Path, file_b: Path) -> None:
             raise EvaluationError(
                 f"the pairs are not the same: {file} has {len(only):,} that {other} lacks, as {' – '.join(only[0])}"
             )
-    if len(a.left) != len(b.left):
+    if (a.left, a.right) != (b.left, b.right):
         raise EvaluationError(
-            f"the pairs are not the same: {file_a} lists some of them more often ({len(a.left):,} rows) than {file_b} "
-            f"({len(b.left):,})"
+            f"the pairs are not the same: {file_a} ({len(a.left):,} rows) lists some of them more or less often than "
+            f"{file_b} ({len(b.left):,} rows)"
         )
     for what, x, y in (("truth", a.same, b.same), ("fold", a.fold, b.fold)):
         unlike = np.flatnonzero(x != y)

@@ -114,7 +114,8 @@ def _leaked(path: Path, pairs: list[Pair], trained: Trained | None, params: Para
     if people is None:
         log.warning("%s: people who are trained on are not looked for, as folders do not tell who is on what", path)
         return None
-    names = [PurePath(name).name for name in people.names]
+    # whichever folder is the person's: below it there may be one for each session, say
+    names = [part for name in people.names for part in PurePath(name).parts]
     return check_leaks(str(path), names, trained, params.evaluate.leaks)
 
 
@@ -126,7 +127,7 @@ def find_sets(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise EvaluationError(f"{folder}: no such folder, though evaluate.extra in params.yaml names it")
-    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in SUFFIXES)
     names = [path.stem for path in files]
     if len(set(names)) < len(names):
         raise EvaluationError(f"{folder}: two sets of one name among {', '.join(path.name for path in files)}")

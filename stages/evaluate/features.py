@@ -54,13 +54,12 @@ def choose_frames(
         EvaluationError: a name is not in the table.
         TableError: the table cannot be read.
     """
-    wanted = pa.array(names, pa.string())
+    number = {name: i for i, name in enumerate(names)}  # pyarrow would hash all of them for each part anew
     template, status = [], []
     for path in tables.parts(folder):
         part = tables.read_table(path, schema, KEYS)
         key = part["image_id"] if by_image else pc.coalesce(part["video"], part["image_id"])
-        index = pc.index_in(key, value_set=wanted)
-        template.append(index.fill_null(-1).to_numpy().astype(np.int64))
+        template.append(np.array([number.get(name, -1) for name in key.to_pylist()], np.int64))
         status.append(np.asarray(part["status"].to_pylist(), object))
 
     def having(condition: str) -> NDArray[np.bool_]:

@@ -161,14 +161,14 @@ def read_csv(path: Path) -> list[Pair]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it by a byte order mark
             reader = csv.DictReader(file)
-            rows = list(reader)
+            rows = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise EvaluationError(f"{path}: not a CSV file: {error}") from error
     lacking = [name for name in ("left", "right", "same") if name not in (reader.fieldnames or ())]
     if lacking:
         raise EvaluationError(f"{path}: lacks the columns {', '.join(lacking)}; it has {reader.fieldnames}")
     found = []
-    for line, row in enumerate(rows, 2):
+    for line, row in rows:
         if not row["left"] or not row["right"] or row["same"] not in ("0", "1"):
             raise EvaluationError(f"{path}:{line}: expected two keys and same 0 or 1, found {row}")
         fold = row.get("fold", "0")

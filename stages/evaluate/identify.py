@@ -143,9 +143,10 @@ def _usable(embedded: Path) -> pa.Table:
 
 def _vectors(embedded: Path, chosen: pa.Table, params: Evaluate) -> Iterator[NDArray[np.float32]]:
     """Unit vectors of the chosen rows, a part at a time."""
+    wanted = set(chosen["image_id"].to_pylist())  # pyarrow would hash all of them for each part anew
     for path in tables.parts(embedded):
         table = tables.read_table(path, tables.EMBEDDED, ["image_id", "emb", "flip"])
-        table = table.filter(pc.is_in(table["image_id"], chosen["image_id"].combine_chunks()))
+        table = table.filter(pa.array([image in wanted for image in table["image_id"].to_pylist()], pa.bool_()))
         if len(table):
             emb, flip = features.matrix(table["emb"]), features.matrix(table["flip"])
             yield scoring.unit(emb, flip, params.flip).astype(np.float32)

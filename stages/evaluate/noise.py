@@ -46,7 +46,7 @@ def without_noise(probes: pa.Table, distractors: pa.Table, path: Path) -> tuple[
 def _read(path: Path) -> list[str]:
     """The photographs of a list, each once: `<folder>/<photo>`, or `<photo>` where there is no folder."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # with or without the mark that Windows puts first
     except FileNotFoundError as error:
         raise EvaluationError(
             f"{path}: no such file, though evaluate.megaface.noise in params.yaml names it"

@@ -4,6 +4,7 @@ By the report, the last of its stages: each connection to MLflow takes seconds.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _record_pairs(results: Path, name: str, run: NoRun) -> None:
+    name = re.sub(r"[^\w.\-: /]", "_", name)  # of one that it does not take, MLflow refuses all that comes with it
     found = read_json(results / "metrics.json")
     rates = {f"tar_at_far_{far}": tar for far, tar in found["tar_at_far"].items()}
     run.log_metrics(_flat({key: found[key] for key in _MEASURED} | rates, name))

@@ -130,6 +130,7 @@ def build(reports: Path, models: Path, aligned: Path, embedded: Path, out: Path,
         Path(__file__).parent / "report.html.j2",
         out,
         protocols=protocols,
+        by_pairs=[each.title for each in protocols if each.found["bootstrap_over"] == "pairs"],
         procedural=[name for name in SETS if isinstance(getattr(params.download, name), Synthetic)],
         megaface=megaface,
         interval=_interval,
@@ -190,28 +191,25 @@ def _map(embedded: Path, params: Params) -> Figure:
     return figures.map_figure(plane.fit_transform(vectors), people)
 
 
-def worst_errors(scored: Scored, metrics: Metrics) -> tuple[list[int], list[int]]:
+def worst_errors(scored: Scored, decided: NDArray[np.bool_]) -> tuple[list[int], list[int]]:
     """Rows of the worst false matches (highest scores first) and false non-matches (lowest first), WORST of each.
 
-    A pair is an error by the threshold of its own fold, the one its accuracy was counted with.
+    Args:
+        decided: of each pair, whether rightly, as Verification.decided has it.
     """
-    accepted = _accepted(scored, metrics)
     order = np.argsort(scored.own, kind="stable")
-    false_non_matches = order[scored.same[order] & ~accepted[order]][:WORST]
+    false_non_matches = order[(scored.same & ~decided)[order]][:WORST]
     order = np.argsort(-scored.own, kind="stable")
-    false_matches = order[~scored.same[order] & accepted[order]][:WORST]
+    false_matches = order[(~scored.same & ~decided)[order]][:WORST]
     return false_matches.tolist(), false_non_matches.tolist()
-
-
-def _accepted(scored: Scored, metrics: Metrics) -> NDArray[np.bool_]:
-    threshold = np.asarray(metrics.fold_threshold)[np.searchsorted(metrics.folds, scored.fold)]
-    return np.asarray(scored.own.astype(np.float64) >= threshold)
 
 
 def _protocol(name: str, results: Path, aligned: Path | None, params: Params) -> Protocol:
     scored = Scored.read(results / "scores.parquet")
-    metrics = scored.verification(params.evaluate.fars).measure()
-    rows = worst_errors(scored, metrics)
+    verification = scored.verification(params.evaluate.fars)
+    metrics = verification.measure()
+    decided = verification.decided(metrics)
+    rows = worst_errors(scored, decided)
     false_matches, false_non_matches = (_pairs(scored, chosen, aligned) for chosen in rows)
     return Protocol(
         name=name,
@@ -227,7 +225,7 @@ def _protocol(name: str, results: Path, aligned: Path | None, params: Params) ->
             ),
             "Accuracy of each fold": to_svg(figures.folds_figure(metrics), f"{name}-folds"),
         },
-        parts=[] if aligned is None else _parts(scored, metrics, aligned),
+        parts=[] if aligned is None else _parts(scored, decided, aligned),
         false_matches=false_matches,
         false_non_matches=false_non_matches,
     )
@@ -240,7 +238,7 @@ def _title(name: str, params: Params) -> str:
     return PROTOCOLS[name] + ("-style" if isinstance(getattr(params.download, name), Synthetic) else "")
 
 
-def _parts(scored: Scored, metrics: Metrics, aligned: Path) -> list[Part]:
+def _parts(scored: Scored, decided: NDArray[np.bool_], aligned: Path) -> list[Part]:
     """Accuracy where a face was found on both sides and where not, and by the size of the smaller face."""
     names = list(dict.fromkeys([*scored.left, *scored.right]))
     number = {name: i for i, name in enumerate(names)}
@@ -264,8 +262,7 @@ def _parts(scored: Scored, metrics: Metrics, aligned: Path) -> list[Part]:
         f"{low:.0f} to {high:.0f} pixels": both & (smaller >= low) & (smaller < high),
         f"{high:.0f} pixels and more": both & (smaller >= high),
     }
-    right_ones = _accepted(scored, metrics) == scored.same
-    return [Part(name, int(own.sum()), float(right_ones[own].mean())) for name, own in groups.items() if own.any()]
+    return [Part(name, int(own.sum()), float(decided[own].mean())) for name, own in groups.items() if own.any()]
 
 
 def _pairs(scored: Scored, rows: list[int], aligned: Path | None) -> list[ScoredPair]:

@@ -251,6 +251,8 @@ def test_noise_is_left_out_as_published_lists_name_it(workspace: Workspace, tmp_
     found = without("375/10/0.jpg\n7\tFaceScrub/10/1.PNG\n375/20/0.jpg\n12/nosuch.jpg\n", tmp_path, workspace)
     assert (found["probes"], found["people"], found["pairs"]) == (10, 3, 3 * 3 * 2)
     assert found["noise"] == {"listed": 4, "found": 3}
+    found = without("\ufeff10/0\n".encode(), tmp_path, workspace)  # as Windows begins it
+    assert (found["probes"], found["noise"]) == (11, {"listed": 1, "found": 1})
     found = without("2.png\n", tmp_path, workspace)  # of each of the four; strangers are all called 0
     assert (found["probes"], found["noise"]) == (8, {"listed": 1, "found": 1})
     found = without("0.png\n", tmp_path, workspace, (5, 30))

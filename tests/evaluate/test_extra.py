@@ -17,8 +17,8 @@ from pipeline.tables import LABELS
 from stages.download import synthetic
 from stages.evaluate.comparison import compare_runs, stored_scores
 from stages.evaluate.extra import read_bin, run
+from stages.evaluate.leaks import Trained
 from stages.evaluate.models import Embedder
-from stages.evaluate.run import Trained
 from stages.evaluate.scoring import Scored
 from stages.evaluate.verification import EvaluationError
 from tests.samples import face_like, jpeg
@@ -56,6 +56,7 @@ def test_a_bin_is_ten_folds_of_aligned_faces(tmp_path: Path, here: Params, proto
     (tmp_path / "in").mkdir()
     same = write_bin(tmp_path / "in" / "cfp_fp.bin", 40, protocol)
     (tmp_path / "in" / "README.md").write_text("passed over")
+    (tmp_path / "in" / "._pairs.csv").write_bytes(b"what macOS keeps \xff")
     run(tmp_path / "in", MODEL, None, tmp_path / "out", here)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["cfp_fp"]
     metrics = json.loads((tmp_path / "out" / "cfp_fp" / "metrics.json").read_text())
@@ -156,6 +157,12 @@ def test_people_who_are_trained_on_are_looked_for_where_folders_tell_them(tmp_pa
     trained.names.write_text("0000045 Ada\n")
     with pytest.raises(EvaluationError, match=r"^\S*mine\.csv: 2 of its people are trained on: Ada \(0000045\), Bob"):
         run(folder, MODEL, trained, tmp_path / "out", here)
+    text = (folder / "mine.csv").read_text()
+    (folder / "mine.csv").write_text(text.replace("/0.jpg", "/a/0.jpg").replace("/1.jpg", "/a/1.jpg"))
+    with pytest.raises(EvaluationError, match=r"^\S*mine\.csv: 2 of its people are trained on: Ada \(0000045\), Bob"):
+        run(folder, MODEL, trained, tmp_path / "out", here)  # below a person's folder there may be one for each session
+    with (folder / "mine.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("left", "right", "same", "fold"), *rows])
     report = here.model_copy(update={"evaluate": here.evaluate.model_copy(update={"leaks": "report"})})
     for whom, leaked in ((trained, 2), (None, None)):
         run(folder, MODEL, whom, tmp_path / "out", report)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from mlflow.utils.validation import _validate_metric_name
 
 from pipeline.tracking import NoRun
 from stages.evaluate.record import record
@@ -71,6 +72,16 @@ def test_all_is_recorded_by_set(finished: Path) -> None:
     assert run.metrics["audit/suspected_labels"] == 9
     assert run.metrics["shard/dropped/no_face"] == 6
     assert run.metrics["align/probes/detected"] == 4300
+
+
+def test_names_are_such_as_mlflow_takes(finished: Path) -> None:
+    """One that it does not take loses all that come with it; a browser calls the second download of pairs.csv so."""
+    (finished / "extra" / "lfw").rename(finished / "extra" / "pairs (1), a+b & Jo\u00e3o@x")
+    run = Recorder()
+    record(finished, run)
+    for name in run.metrics:
+        _validate_metric_name(name)
+    assert "extra/pairs _1__ a_b _ Jo\u00e3o_x/accuracy" in run.metrics
 
 
 def test_without_identification_there_is_none_of_it(finished: Path) -> None:

@@ -88,17 +88,18 @@ def test_worst_errors_are_those_furthest_on_the_wrong_side() -> None:
         rows[i] = (i // 20, score, True)
     order = rng.permutation(200)
     table = scored([rows[i] for i in order])
-    metrics = table.verification([0.1]).measure()
-    false_matches, false_non_matches = worst_errors(table, metrics)
+    verification = table.verification([0.1])
+    false_matches, false_non_matches = worst_errors(table, verification.decided(verification.measure()))
     assert [order[i] for i in false_matches] == [100, 3, 140, 41, 160, 122]
     assert [order[i] for i in false_non_matches] == [131, 11, 51]
 
 
 def test_errors_are_judged_by_the_threshold_of_their_fold() -> None:
     table = scored([(0, 0.2, False), (0, 0.4, True), (1, 0.5, False), (1, 0.7, True)])
-    metrics = table.verification([0.1]).measure()
+    verification = table.verification([0.1])
+    metrics = verification.measure()
     assert metrics.fold_threshold == pytest.approx((0.6, 0.3))
-    assert worst_errors(table, metrics) == ([2], [1])
+    assert worst_errors(table, verification.decided(metrics)) == ([2], [1])
 
 
 def test_page_fetches_nothing(page: str) -> None:

@@ -213,6 +213,8 @@ def test_pairs_of_ones_own(tmp_path: Path) -> None:
         ("left,right,same\na,,1\n", r"csv:2: expected two keys"),
         ("left,right,same,fold\na,b,1,x\n", r"csv:2: expected a fold from 0, .*found 'x'"),
         ("left,right,same,fold\na,b,1,2147483648\n", r"csv:2: expected a fold from 0, of 9 digits at most, found '21"),
+        ("left,right,same\n\na,b,1\n\n\nc,d,maybe\n", r"csv:6: expected two keys and same 0 or 1"),
+        ('left,right,same,note\na,b,1,"two\nlines"\nc,d,maybe,\n', r"csv:4: expected two keys and same 0 or 1"),
         ("left,right,same\n", "holds no pairs"),
     ):
         path.write_text(text)
@@ -401,6 +403,17 @@ def test_pairs_that_are_not_the_same(runs: tuple[Path, Path, Scored], tmp_path: 
     ):
         with pytest.raises(EvaluationError, match=message):
             against(**changes)
+    repeated = np.flatnonzero((b.same == b.same[0]) & (b.fold == b.fold[0]))[:2]
+    for name, row in zip(("first", "second"), repeated.tolist(), strict=True):
+        again = np.append(np.arange(len(b.same)), row)
+        left, right = ([side[i] for i in again] for side in (b.left, b.right))
+        twice = Scored(left, right, b.same[again], b.fold[again], b.scores[again])
+        twice.write(tmp_path / name / "lfw" / "scores.parquet")
+    a, other = (comparison.stored_scores(tmp_path / name) for name in ("first", "second"))
+    with pytest.raises(
+        EvaluationError, match=r"first/lfw/scores\.parquet \(\d+ rows\) lists some of them more or less"
+    ):
+        comparison.compare_runs(a, other, params.evaluate)
     with pytest.raises(EvaluationError, match=r"neither scores\.parquet nor folders with one"):
         comparison.stored_scores(tmp_path / "nowhere")
     with pytest.raises(EvaluationError, match="no protocol in common: A has lfw, B has cfp_fp, ytf"):
