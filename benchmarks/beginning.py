@@ -42,7 +42,6 @@ def section(batch: int, warmup: int, clip_norm: float | None) -> Train:
             "optimizer": train.optimizer.model_copy(update={"learning_rate": rate, "clip_norm": clip_norm}),
             "schedule": train.schedule.model_copy(update={"warmup": warmup}),
             "batch": batch,
-            "precision": "bf16",
         }
     )
 
@@ -73,7 +72,7 @@ def measure(aligned: Path, name: str, batch: int, iterations: int, every: int) -
         except loop.TrainingError as error:
             seen.append({"iteration": iteration + 1, "stopped": str(error)})
             break
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
             lengths = training.model(images).float().norm(dim=1)
         told = {what: round(getattr(row, what), 4) for what in ("loss", "accuracy", "own_cosine", "gradient_norm")}
         seen.append({"iteration": iteration + 1} | told | {"median_length": float(f"{lengths.median():.3g}")})

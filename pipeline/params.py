@@ -480,7 +480,7 @@ class Train(Section):
     head: Annotated[Head, Field(discriminator="name")]
     sample_rate: Annotated[float, Field(gt=0, le=1)]
     """Share of the class centres that an iteration compares with and moves (PartialFC); 1 is the paper's. The centres
-    of the batch's own identities are always among them."""
+    of the batch's own identities are always among them. Loss and accuracy of training are among those, too."""
     batch: Annotated[int, Field(ge=2)]
     """Images of an iteration, of all processes together."""
     sampling: Annotated[UniformSampling | BalancedSampling, Field(discriminator="name")]

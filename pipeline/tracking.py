@@ -79,6 +79,10 @@ class NoRun:
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Nothing."""
 
+    def steps(self, metric: str) -> set[int]:
+        """At which iterations a metric was recorded, by this process or an earlier one that went on with the run."""
+        return set()
+
     def log_figure(self, path: Path, artifact_name: str) -> None:
         """Nothing."""
 
@@ -123,6 +127,15 @@ class Run(NoRun):
         ]
         if time.monotonic() > self._flush_at:
             self.flush()
+
+    def steps(self, metric: str) -> set[int]:
+        """At which iterations a metric was recorded, by this process or an earlier one that went on with the run.
+
+        Raises:
+            TrackingError: the store cannot be used.
+        """
+        with store_errors():
+            return {each.step for each in self._client.get_metric_history(self.id, metric)}
 
     def log_figure(self, path: Path, artifact_name: str) -> None:
         """Record a picture under a name such as `lfw/roc.png`, below `figures/`."""

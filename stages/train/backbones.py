@@ -3,6 +3,7 @@
 Each takes float N×3×112×width in about [−1, 1] and returns float N×D features, not normalised.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -43,14 +44,20 @@ def sphere(units: tuple[int, int, int, int], embedding: int, width: int) -> nn.M
     before = 3
     for channels, count in zip((64, 128, 256, 512), units, strict=True):
         down = nn.Conv2d(before, channels, 3, stride=2, padding=1)
-        assert down.bias is not None
-        nn.init.xavier_uniform_(down.weight)
-        nn.init.zeros_(down.bias)
+        _xavier(down)
         layers += [down, nn.PReLU(channels), *(SphereUnit(channels) for _ in range(count))]
         before = channels
     last = nn.Linear(512 * 7 * width // 16, embedding)
-    nn.init.xavier_uniform_(last.weight)
+    _xavier(last)
     return nn.Sequential(*layers, nn.Flatten(), last)
+
+
+def _xavier(layer: nn.Conv2d | nn.Linear) -> None:
+    """As SphereFace's authors begin it: by Caffe's xavier, whose bound only knows what comes in; biases of 0."""
+    bound = math.sqrt(3 / layer.weight[0].numel())
+    nn.init.uniform_(layer.weight, -bound, bound)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
 
 
 class SqueezeExcitation(nn.Module):

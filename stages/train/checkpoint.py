@@ -134,7 +134,9 @@ class Checkpoints:
     def delete_others(self) -> None:
         """Delete what other trainings have left in the same root: this one has ended, and its outcome is written."""
         for other in self.others():
-            rmtree(other.folder)
+            other.folder.rename(other.folder.with_name(f"{other.folder.name}{_DELETED}"))  # half of it would be damaged
+        for folder in self.folder.parent.glob(f"*{_DELETED}"):
+            rmtree(folder)
 
     def _choose(self) -> int:
         """The iteration of the newest checkpoint that is whole; 0 where there is none."""
@@ -197,6 +199,7 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
 
+_DELETED = ".deleted"
 _SHARE = "all processes of a training, on whatever machine, must see the same folder of checkpoints"
 
 

@@ -201,6 +201,7 @@ class Loader(IterableDataset[Batch]):
                 prefetch_factor=_PREFETCH,
                 pin_memory=self._device.type == "cuda",
                 worker_init_fn=_begin_process,
+                generator=torch.Generator(),  # or it would draw from torch's own, of which dropout draws, too
                 multiprocessing_context=context,
             )
         )

@@ -44,7 +44,11 @@ class Interrupted(SystemExit):
 
 @dataclass(frozen=True)
 class Row:
-    """A row of history.csv: means over the iterations since the row before."""
+    """A row of history.csv: means over the iterations since the row before.
+
+    Where `train.sample_rate` is below 1, the loss and what is said of training examples are of the centres that were
+    sampled, among which it is easier to be the nearest: to be compared at one rate alone. Validation is of all.
+    """
 
     iteration: int
     loss: float
@@ -540,8 +544,10 @@ def _report_standstill(history: list[Row], params: Train) -> None:
     def looks(iteration: int) -> int:
         return (max(0, iteration - params.schedule.warmup) // soon).bit_length()
 
+    if len(history) < 2:
+        return
     first, last = history[0], history[-1]
-    due = looks(last.iteration) > (looks(history[-2].iteration) if len(history) > 1 else 0)
+    due = looks(last.iteration) > looks(history[-2].iteration)
     if due and last.loss > 0.9 * first.loss and last.own_cosine < first.own_cosine + 0.05:
         log.warning(
             "the loss has not left its start: %.3f at iteration %d, %.3f at %d, where the cosine to the own class is "

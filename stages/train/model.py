@@ -110,7 +110,7 @@ def _again(layer: nn.Module) -> Iterator[None]:
     finally:  # torch stops by an exception once it has what it needs
         for each, (momentum, batches) in zip(normalisations, before, strict=True):
             each.momentum = momentum
-            each.num_batches_tracked = batches
+            cast(Tensor, each.num_batches_tracked).copy_(batches)
 
 
 def build_model(params: Backbone) -> FaceModel:

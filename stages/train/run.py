@@ -40,6 +40,8 @@ CODE = (
     _HERE.parent / "shard" / "reader.py",
 )
 """What does: trained by other code, a checkpoint is of no use."""
+_LAST = "learning_rate"
+"""What is recorded last of a row: where it is, all of the row is."""
 _NEITHER = {"data", "log_every", "checkpoint_every", "recompute"}
 """Keys of section train that do not: where the data lies, how often something is written down, and how memory is saved,
 which is the same to the bit."""
@@ -141,15 +143,20 @@ def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, dev
     with tracking as tracked:
         training.run_id = tracked.id
 
+        # Killed, a training leaves out what it had not sent, and has sent what it will do again
+        there = tracked.steps(f"train/{_LAST}")
+
         def on_row(row: Row, speed: Speed | None = None) -> None:
+            if row.iteration in there:
+                return
             values = asdict(row) | (asdict(speed) if speed else {})
             del values["iteration"]
+            values[_LAST] = values.pop(_LAST)
             known = {f"train/{name}": value for name, value in values.items() if value is not None}
             tracked.log_metrics(known, step=row.iteration)
 
-        if tracked.id != before:  # a run that knows nothing of what is done
-            for row in training.history:
-                on_row(row)
+        for row in training.history:
+            on_row(row)
         if rest:
             rest(on_row)
         training.settle()

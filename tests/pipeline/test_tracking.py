@@ -189,6 +189,7 @@ def test_a_resumed_training_goes_on_in_its_run(project: Path, tracked: Params) -
     (first,) = recorded(project, tracked)
     with training_run(tracked, lineage={}, resume_id=first.info.run_id) as second:
         assert recorded(project, tracked)[0].info.status == "RUNNING"
+        assert (second.steps("train/loss"), second.steps("train/never")) == ({1}, set())
         second.log_metrics({"train/loss": 1.0}, step=2)
     (found,) = recorded(project, tracked)
     assert (found.info.run_id, found.info.status) == (first.info.run_id, "FINISHED")

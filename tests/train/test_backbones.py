@@ -74,6 +74,20 @@ def test_spheres_are_the_published_networks(name: str, units: tuple[int, ...], l
     assert sum(p.numel() for p in network.parameters()) == sphere_parameters(units, 512)
 
 
+def test_a_sphere_begins_as_its_authors_networks_do() -> None:
+    """By Caffe's xavier, uniform with a variance of 1 / fan-in, and biases of 0 (their sphereface_model.prototxt)."""
+    torch.manual_seed(0)
+    network = BACKBONES["sphere20"](512, 96)
+    layers = [m for m in network.children() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == 5
+    for layer in layers:
+        assert layer.bias is not None
+        assert not layer.bias.any()
+        fan_in = layer.weight[0].numel()
+        assert float(layer.weight.detach().var()) == pytest.approx(1 / fan_in, rel=0.08)
+        assert float(layer.weight.detach().abs().max()) == pytest.approx((3 / fan_in) ** 0.5, rel=0.01)
+
+
 PUBLISHED = {
     # GFLOPs and millions of parameters as Open Model Zoo's documentation (2021) lists the original models; two
     # operations for each multiplication

@@ -170,7 +170,9 @@ def test_the_same_batches_whatever_makes_them(
     resumed = make(shards, train, processes=2)
     resumed.load_state_dict({"iteration": 7})
     assert equal(take(resumed, 5), whole[7:])
+    random = torch.get_rng_state()  # of which dropout draws
     assert equal(take(make(shards, train, processes=2, cache="host", cache_folder=tmp_path), 12), whole)
+    assert torch.equal(torch.get_rng_state(), random)
     monkeypatch.setattr(loading, "MAX_THREADS", 1)
     assert equal(take(make(shards, train), 12), whole)
     for few in ({"_PLANNED": 8}, {"_PLANNED": 40, "_TOGETHER": 16}, {"_TOGETHER": 1}, {"_AT_ONCE": 3}):

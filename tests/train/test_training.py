@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError
 from pipeline.params import Params, Train
+from pipeline.tracking import NoRun
 from stages.shard import reader as shard_reader
 from stages.train import backbones, checkpoint, loader, loop, meter
 from stages.train import run as train
@@ -193,8 +195,9 @@ def test_a_checkpoint_serves_no_other_parameters_data_or_code(
         code.write_text("after" if name == "code" else "before")
         state = tmp_path / f"{name}-state"
         shutil.copytree(tmp_path / "state", state)
+        (stopped,) = state.iterdir()
         (state / "kept by hand").mkdir()
-        (stopped,) = (path for path in state.iterdir() if path.name != "kept by hand")
+        (state / f"{'0' * 16}.deleted").mkdir()  # as a kill amidst deleting leaves it
         caplog.clear()
         seen.clear()
         train.run(tmp_path / name, state, params)
@@ -215,6 +218,7 @@ def test_a_checkpoint_serves_no_other_parameters_data_or_code(
 def test_what_does_not_decide_the_weights_loses_no_checkpoint(
     tmp_path: Path, shards: Path, short: Params, seen: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
+    short = changed(short, average=0.8)
     seen.append(-1)
     with pytest.raises(Killed):
         train.run(tmp_path / "models", tmp_path / "state", short)
@@ -225,6 +229,48 @@ def test_what_does_not_decide_the_weights_loses_no_checkpoint(
     train.run(tmp_path / "whole", tmp_path / "whole-state", short)
     for name in ("backbone.safetensors", "head.safetensors"):
         assert (tmp_path / "models" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+class Store(NoRun):
+    """Has what was sent of each metric; what a killed process had not sent is lost."""
+
+    def __init__(self, sent: dict[str, list[int]]) -> None:
+        self._sent = sent
+
+    @property
+    def id(self) -> str:
+        return "the run"
+
+    def steps(self, metric: str) -> set[int]:
+        return set(self._sent.get(metric, []))
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        for name in metrics:
+            self._sent.setdefault(name, []).append(step)
+
+
+@pytest.mark.parametrize("sent", [[], [1], [1, 2, 3]], ids=["nothing", "some", "more than the checkpoint has"])
+def test_after_a_kill_each_row_is_in_mlflow_once(
+    tmp_path: Path,
+    shards: Path,
+    shortest: Params,
+    seen: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    sent: list[int],
+) -> None:
+    """Killed in the fourth iteration, after a checkpoint at the second, when so many rows had been sent."""
+    rows: dict[str, list[int]] = {}
+    monkeypatch.setattr(train, "training_run", lambda *_, **__: nullcontext(Store(rows)))
+    params = changed(shortest, log_every=1)
+    seen.append(-1)
+    with pytest.raises(Killed):
+        train.run(tmp_path / "models", tmp_path / "state", params)
+    rows.clear()
+    rows.update({f"train/{name}": sent[:] for name in ("loss", "learning_rate")})
+    seen.clear()
+    train.run(tmp_path / "models", tmp_path / "state", params)
+    assert (rows["train/loss"], rows["train/learning_rate"]) == ([1, 2, 3, 4], [1, 2, 3, 4])
 
 
 def test_only_what_decides_the_weights_is_code_that_a_checkpoint_asks_for() -> None:
@@ -641,6 +687,7 @@ def test_a_standstill_is_reported_early_and_again(
             told.append(iteration)
             caplog.clear()
     assert told == expected
+    loop._report_standstill([dataclasses.replace(still, iteration=iterations)], params)  # the first row has no start
     learnt = [dataclasses.replace(row, loss=row.loss if row.iteration < expected[1] else 20.0) for row in history]
     for count in range(1, len(learnt) + 1):
         loop._report_standstill(learnt[:count], params)
