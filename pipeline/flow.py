@@ -47,13 +47,17 @@ os.environ.update(not_by_proxy())
 
 from prefect import Task, flow  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
-from prefect.client.orchestration import get_client  # noqa: E402
+from prefect.client.orchestration import SyncPrefectClient, get_client  # noqa: E402
 from prefect.client.schemas.filters import (  # noqa: E402
     FlowRunFilter,
     FlowRunFilterDeploymentId,
+    FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
     FlowRunFilterTags,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, StateType  # noqa: E402
 from prefect.client.schemas.sorting import FlowRunSort  # noqa: E402
@@ -122,11 +126,24 @@ def _alone(project: Path) -> Iterator[None]:
                 )
                 for run in client.read_flow_runs(flow_run_filter=running):
                     if run.id != own:
-                        client.set_flow_run_state(run.id, Crashed(message="it was killed"), force=True)
+                        _crashed(client, run.id)
             client.update_flow_run(own, tags={*client.read_flow_run(own).tags, label})
         yield
     finally:
         lock.release()
+
+
+def _crashed(client: SyncPrefectClient, run: UUID) -> None:
+    """Note that a flow run was killed, and what of it was still to be done."""
+    of_it = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
+    unfinished = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    tasks = client.read_task_runs(
+        flow_run_filter=of_it, task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=unfinished))
+    )
+    state = Crashed(message="it was killed")
+    for each in tasks:
+        client.set_task_run_state(each.id, state, force=True)
+    client.set_flow_run_state(run, state, force=True)
 
 
 def _retrain() -> State[Any]:

@@ -642,6 +642,11 @@ class Params(Section):
                 f"at most {there}, or raise its identities"
             )
         seen, shift = self.train.backbone.width, self.train.augment.shift
+        if self.train.data == "data/shards" and seen > width:
+            raise ValueError(
+                f"train.backbone.width: {seen}, but align keeps {width} pixels: lower it, or raise align.face.width or "
+                "align.face.margin"
+            )
         room = min(self.align.face.margin, (self.align.face.size[1] - seen) // 2)
         if self.train.data == "data/shards" and shift > room:
             raise ValueError(

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.params import Params
+from pipeline.params import Params, shown
 from pipeline.tracking import (
     TrackingError,
+    check_file,
     connect,
     fetch,
+    first_of,
     need_store,
     newest_run,
     store_client,
@@ -101,7 +103,10 @@ def _fetched(address: str, folder: Path) -> Located:
     there = {file.path for kind in ("models", "lfw") for file in client.list_artifacts(run_id, kind)}
     wanted = [f"models/{file}" for file in ("backbone.safetensors", "model.json")]
     if not there.issuperset(wanted):
-        raise TrackingError(f"{name}: its run has not kept {' and '.join(wanted)}; take a run that ended well")
+        raise TrackingError(
+            f"{name}: {' and '.join(wanted)} are not at {shown(client.get_run(run_id).info.artifact_uri)}; take a run "
+            "that ended well"
+        )
     for file in wanted:
         fetch(client, run_id, file, folder)
     return Located(folder / "models", name, fetch(client, run_id, SCORES, folder) if SCORES in there else None)
@@ -142,11 +147,13 @@ def promote(run_id: str, params: Params) -> tuple[str, str]:
         TrackingError: the store does not answer, or there is no such run, or it has no model.
     """
     need_store(f"run {run_id}")
+    check_file(written=True)
     with store_errors():
         client, experiment = connect(params)
         run = newest_run(client, experiment, "status = 'FINISHED'") if run_id == "latest" else client.get_run(run_id)
         if run is None:
             raise TrackingError(f"no finished run in experiment {params.tracking.experiment!r}; `dvc repro` makes one")
+        run = first_of(client, run)
         models = run.outputs.model_outputs if run.outputs else []
         if not models:
             raise TrackingError(f"run {run.info.run_name} ({run.info.run_id}) has recorded no model")

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MODEL_TAG = "model.sha256"
+FIRST_TAG = "model.first_run"
+"""Of a run whose model came of another before, the same to the bit: that one's id."""
 RECORDED = ("download", "align", "shard", "train", "evaluate", "audit")
 """Sections of params.yaml that decide what comes out."""
 JUDGING = ("evaluate", "audit")
@@ -93,6 +95,12 @@ class NoRun:
         """Nothing."""
 
     def set_tag(self, key: str, value: str) -> None:
+        """Nothing."""
+
+    def log_digest(self, digest: str) -> None:
+        """Nothing."""
+
+    def end_lost(self, run_ids: Iterable[str]) -> None:
         """Nothing."""
 
 
@@ -163,6 +171,27 @@ class Run(NoRun):
         """Label the run."""
         with self._forgiving(key):
             self._client.set_tag(self.id, key, value)
+
+    def log_digest(self, digest: str) -> None:
+        """Label the run with the SHA-256 of its model; and with the run that it came of before, if there is one.
+
+        Of a model that it has evaluated before, DVC takes the results from its cache: they are in that run.
+        """
+        with self._forgiving(MODEL_TAG):
+            self._client.set_tag(self.id, MODEL_TAG, digest)
+            condition = f"tags.`{MODEL_TAG}` = '{digest}' and status = 'FINISHED'"
+            runs = self._client.search_runs([self._experiment], condition, order_by=["attributes.start_time ASC"])
+            first = next((run for run in runs if run.info.run_id != self.id), None)
+            if first is not None:
+                self._client.set_tag(self.id, FIRST_TAG, first.info.run_id)
+                log.info("the same model as of run %s, to the bit; its results are there", first.info.run_id)
+
+    def end_lost(self, run_ids: Iterable[str]) -> None:
+        """End as KILLED those runs that are said to run still, though nobody will go on with them."""
+        for run_id in run_ids:
+            with self._forgiving(f"the end of run {run_id}"):
+                if self._client.get_run(run_id).info.status == "RUNNING":
+                    self._client.set_terminated(run_id, "KILLED")
 
     def tag_evaluation(self, recorded: dict[str, str], tags: dict[str, str], params: Params) -> None:
         """Label the run with what an evaluation of its model is made by.
@@ -254,6 +283,7 @@ def training_run_of(models: Path, params: Params) -> Iterator[NoRun]:
     with store_errors():
         client, experiment = connect(params)
         found = newest_run(client, experiment, f"tags.`{MODEL_TAG}` = '{digest}'")
+        found = found and first_of(client, found)
         run = Run(client, found) if found else _begin(client, experiment, params, {MODEL_TAG: digest})
     if not found:
         log.warning("MLflow has no training run of this model; its evaluation is recorded as a run of its own")
@@ -293,7 +323,7 @@ def store_client() -> "MlflowClient":
         TrackingError: it is a server, and does not answer; or a file that cannot be read.
     """
     uri = store_uri()
-    _check_file()
+    check_file()
     if served():
         import requests  # as MLflow does, with the certificates that it takes
 
@@ -310,8 +340,10 @@ def store_client() -> "MlflowClient":
     return _client(uri)
 
 
-def _check_file(*, written: bool = False) -> None:
+def check_file(*, written: bool = False) -> None:
     """Ask whether the store, where it is a file, may be read: MLflow would try for minutes, and print tracebacks.
+
+    The project's own moves along with it.
 
     Args:
         written: ask whether it may be written, too.
@@ -330,11 +362,39 @@ def _check_file(*, written: bool = False) -> None:
         refused = [each for each in needed if not os.access(each, os.W_OK)] if written or not path.exists() else []
         if refused:
             raise OSError(f"{refused[0]} {'may not be written' if refused[0].exists() else 'is not there'}")
+        if path.exists() and not os.environ.get("MLFLOW_TRACKING_URI") and artifacts_root().is_dir():
+            _move_along(path)
     except (sqlite3.Error, OSError) as error:
         raise TrackingError(
             f"{_named_store()}: {error}; make it a database that you may read and write, name another store by "
             "MLFLOW_TRACKING_URI, or set tracking.enabled: false in params.yaml"
         ) from error
+
+
+_PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "storage_location"),
+)
+"""Where MLflow's database has the absolute addresses of files, tables and columns."""
+
+
+def _move_along(path: Path) -> None:
+    """Where the project was moved or copied since, put the addresses of its runs' files right."""
+    here = artifacts_root()
+    with closing(sqlite3.connect(path, ANSWER_SECONDS)) as database, database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
+            return  # it is new
+        found = database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+        before = [place for (place,) in found if place.endswith(f"/{here.name}") and place != here.as_uri()]
+        for place in before:
+            for table, column in _PLACES:
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                    (here.as_uri(), len(place) + 1, len(place), place),
+                )
+            log.warning("%s had its runs' files in %s, and has them in %s from now on", path, place, here)
 
 
 def _store_file() -> Path | None:
@@ -376,6 +436,19 @@ def newest_run(client: "MlflowClient", experiment: str, condition: str = "") -> 
     return runs[0] if runs else None
 
 
+def first_of(client: "MlflowClient", run: "MlflowRun") -> "MlflowRun":
+    """The run that the model of a run came of first, which has its results; the run itself where that is gone."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        first = client.get_run(run.data.tags.get(FIRST_TAG, run.info.run_id))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return run
+    return first if first.info.lifecycle_stage == "active" else run
+
+
 def download(run_id: str, name: str, folder: Path, params: Params) -> Path:
     """Copy the artifacts of a run that have this name, whatever folder they are in, into `folder`, which it returns.
 
@@ -385,6 +458,7 @@ def download(run_id: str, name: str, folder: Path, params: Params) -> Path:
     need_store(f"run {run_id}")
     with store_errors():
         client, _ = connect(params)
+        run_id = first_of(client, client.get_run(run_id)).info.run_id
         found = [path for path in _artifacts(client, run_id) if Path(path).name == name]
         if not found:
             raise TrackingError(f"run {run_id} has recorded no {name}")
@@ -422,7 +496,10 @@ def _client(uri: str) -> "MlflowClient":
 
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    given = "MLFLOW_TRACKING_URI" in os.environ
     mlflow.set_tracking_uri(uri)
+    if not given:  # as MLflow would have it from now on
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     return mlflow.MlflowClient()
 
 
@@ -463,7 +540,7 @@ def _said(error: Exception) -> str:
 
 
 def _begin(client: "MlflowClient", experiment: str, params: Params, tags: dict[str, str]) -> Run:
-    _check_file(written=True)
+    check_file(written=True)
     train = params.train
     name = f"{train.backbone.name}, {train.head.summary}"
     run = Run(client, client.create_run(experiment, tags=_origin() | tags, run_name=name))
@@ -495,7 +572,7 @@ def _continue(client: "MlflowClient", run_id: str) -> Run | None:
     """The interrupted run, running again; None where the store has it no longer."""
     from mlflow.exceptions import MlflowException
 
-    _check_file(written=True)
+    check_file(written=True)
     try:
         client.update_run(run_id, status="RUNNING")
         return Run(client, client.get_run(run_id))

@@ -50,6 +50,15 @@ class Other:
     made_by: dict[str, Any]
     """All that decides its outcome, by name; empty where it does not say."""
 
+    @property
+    def run_id(self) -> str | None:
+        """Of its MLflow run; None where it had none, or its newest checkpoint cannot be read."""
+        try:
+            found: str | None = _read(_whole(self.folder, self.iteration), mapped=True)["run_id"]
+        except (InputError, FileNotFoundError):
+            return None
+        return found
+
 
 class Checkpoints:
     """The checkpoints of one training: of one set of parameters, data and code.
@@ -183,7 +192,7 @@ class Checkpoints:
         return Checkpoint(iteration, common, own)
 
     def _whole(self, iteration: int) -> Path:
-        return self.folder / f"iteration-{iteration:08d}.pt"
+        return _whole(self.folder, iteration)
 
     def _own(self, iteration: int, rank: int, size: int) -> Path:
         return self.folder / f"iteration-{iteration:08d}.rank-{rank:02d}-of-{size:02d}.pt"
@@ -197,6 +206,11 @@ class Checkpoints:
         for path, iteration in self._files():
             if iteration not in kept:
                 path.unlink(missing_ok=True)
+
+
+def _whole(folder: Path, iteration: int) -> Path:
+    """What makes a checkpoint of the files of its ranks."""
+    return folder / f"iteration-{iteration:08d}.pt"
 
 
 _DELETED = ".deleted"

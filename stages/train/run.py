@@ -166,8 +166,9 @@ def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, dev
             _write(models, training, params, data, len(split), classes)
             write_sheet(models / "faces.png", split, face, params.train)
             tracked.log_figure(models / "faces.png", "faces.png")
-            tracked.set_tag("model.sha256", model_digest(models))
+            tracked.log_digest(model_digest(models))
             tracked.log_model(models)
+            tracked.end_lost([run_id for other in checkpoints.others() if (run_id := other.run_id)])
     if ranks.first:
         checkpoints.delete_others()
     last = training.history[-1]

@@ -211,6 +211,17 @@ def test_runs_on_a_server_are_shown_there(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_store_that_is_no_database_is_said_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("Not what SQLite has written, at the very least not in these bytes. " * 20)
+    (tmp_path / "params.yaml").write_bytes(QUICKSTART)
+    for command in (["ui", f"--mlflow-port={servers.free_port()}"], ["promote"]):
+        found = cosface(tmp_path, *command, MLFLOW_TRACKING_URI="")
+        assert_error(
+            found, f"MLflow store sqlite:///{tmp_path}/mlflow.db: file is not a database; make it a database that"
+        )
+        assert "Traceback" not in found.stdout + found.stderr
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -24,6 +24,7 @@ from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
     FlowRunFilter,
+    FlowRunFilterId,
     FlowRunFilterTags,
     LogFilter,
     LogFilterFlowRunId,
@@ -237,6 +238,8 @@ def test_nothing_outlives_a_flow_and_one_that_was_killed_does_not_run_for_ever(
     second, group = retraining()
     assert [run.state_name for run in runs()] == ["Crashed", "Failed", "Running"]
     assert runs()[0].id == begun.id
+    of_it = FlowRunFilter(id=FlowRunFilterId(any_=[begun.id]))
+    assert {task.state_name for task in client.read_task_runs(flow_run_filter=of_it)} == {"Crashed"}
     assert client.read_flow_run(other.id).state_name == "Running"
     second.terminate()
     assert second.wait(timeout=60) == 128 + signal.SIGTERM

@@ -112,6 +112,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ),
     ("train.sampling", {"name": "balanced", "identities": 32, "images": 4}, r"set machine\.cache to host or device"),
     ("train.augment.shift", -1, r"train\.augment\.shift: .*greater than or equal to 0"),
+    (
+        "align.face.width",
+        96,
+        r"train\.backbone\.width: 112, but align keeps 96 pixels: lower it, or raise align\.face\.",
+    ),
     ("train.augment.shift", 2, r"2 pixels around the 112×112 that the network sees are more than align keeps, 0"),
     ("train.optimizer.learning_rate", math.inf, r"train\.optimizer\.learning_rate: .*finite number"),
     ("align.detector.factor", 0.99, r"align\.detector\.factor: .*less than or equal to 0\.95"),

@@ -272,6 +272,76 @@ def test_a_model_is_found_by_every_address(project: Path, tracked: Params, model
             assert (found.path / "model.json").exists()
 
 
+def test_a_model_that_comes_out_again_counts_as_the_first(project: Path, tracked: Params, models: Path) -> None:
+    """As where earlier parameters are gone back to: DVC has its results in its cache, MLflow those of the first run."""
+    digest = tracking.model_digest(models)
+    ids = []
+    for number in range(3):
+        with training_run(tracked, lineage={}) as run:
+            run.log_digest(digest if number else "of another")
+            run.log_model(models)
+        ids.append(str(run.id))
+    other, first, again = (MlflowClient(tracking.store_uri()).get_run(each) for each in ids)
+    assert again.data.tags["model.first_run"] == first.info.run_id
+    assert "model.first_run" not in other.data.tags | first.data.tags
+    with training_run_of(models, tracked) as evaluation:
+        (models / "scores.parquet").write_bytes(b"of the evaluation")
+        evaluation.log_artifact(models / "scores.parquet", "lfw")
+    assert evaluation.id == first.info.run_id
+    registry.promote("latest", tracked)
+    with registry.located("models:/cosface@champion", tracked) as found:
+        assert first.info.run_id in found.name
+        assert found.scores is not None
+    tracking.download(ids[2], "scores.parquet", models / "fetched", tracked)
+    MlflowClient(tracking.store_uri()).delete_run(ids[1])
+    registry.promote("latest", tracked)
+    with registry.located("models:/cosface@champion", tracked) as found:
+        assert ids[2] in found.name
+
+
+def test_who_nobody_goes_on_with_does_not_run_for_ever(project: Path, tracked: Params) -> None:
+    with training_run(tracked, lineage={}) as ended:
+        pass
+    client = MlflowClient(tracking.store_uri())
+    experiment = client.get_run(str(ended.id)).info.experiment_id
+    lost = client.create_run(experiment)
+    with training_run(tracked, lineage={}) as run:
+        run.end_lost([lost.info.run_id, str(ended.id)])
+    assert [client.get_run(each).info.status for each in (lost.info.run_id, str(ended.id))] == ["KILLED", "FINISHED"]
+
+
+def test_a_project_may_be_moved_or_copied(
+    project: Path,
+    tracked: Params,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """To where a name has a space and an accent; its models are found there, and new files are written there."""
+    with training_run(tracked, lineage={}) as run:
+        run.log_model(models)
+    registry.promote(str(run.id), tracked)
+    moved = shutil.copytree(project, tmp_path / "mÿ faces")
+    before = sorted((project / "mlartifacts").rglob("*"))
+    monkeypatch.chdir(moved)
+    with registry.located("models:/cosface@champion", tracked) as found:
+        assert (found.path / "backbone.safetensors").read_bytes() == (models / "backbone.safetensors").read_bytes()
+    assert f"has them in {moved / 'mlartifacts'} from now on" in caplog.text
+    caplog.clear()
+    with training_run(tracked, lineage={}) as another:
+        another.log_model(models)
+    assert (moved / "mlartifacts" / str(another.id) / "artifacts" / "models" / "backbone.safetensors").exists()
+    client = MlflowClient(tracking.store_uri())
+    for each in (run, another):
+        outputs = client.get_run(str(each.id)).outputs
+        assert outputs is not None
+        assert mlflow.pytorch.load_model(f"models:/{outputs.model_outputs[0].model_id}")
+    assert sorted((project / "mlartifacts").rglob("*")) == before
+    assert "from now on" not in caplog.text
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
 def test_artifacts_of_one_name_are_kept_apart(project: Path, tracked: Params, tmp_path: Path) -> None:
     with training_run(tracked, lineage={}) as run:
         for name in ("lfw", "ytf", "extra/lfw"):
@@ -286,7 +356,10 @@ def test_an_address_that_leads_nowhere_is_named(project: Path, tracked: Params) 
     with training_run(tracked, lineage={}) as run:
         pass
     for address, problem in (
-        (f"runs:/{run.id}", rf"run {run.id}\): its run has not kept models/backbone.safetensors"),
+        (
+            f"runs:/{run.id}",
+            rf"run {run.id}\): models/backbone\.safetensors and models/model\.json are not at file:///",
+        ),
         ("runs:/nosuch", "Run with id=nosuch not found"),
         ("models:/nosuch@champion", "name=nosuch not found"),
         ("models:/m-nosuch", "'m-nosuch' not found"),
@@ -336,6 +409,8 @@ def test_tracking_off_leaves_no_trace(
             off.log_figure(models / "model.json", "a.png")
             off.log_artifact(models / "model.json", "a")
             off.set_tag("a", "b")
+            off.log_digest("0" * 64)
+            off.end_lost(["0" * 32])
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
 

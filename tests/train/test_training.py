@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -236,6 +236,7 @@ class Store(NoRun):
 
     def __init__(self, sent: dict[str, list[int]]) -> None:
         self._sent = sent
+        self.lost: list[str] = []
 
     @property
     def id(self) -> str:
@@ -248,6 +249,9 @@ class Store(NoRun):
         assert step is not None
         for name in metrics:
             self._sent.setdefault(name, []).append(step)
+
+    def end_lost(self, run_ids: Iterable[str]) -> None:
+        self.lost += run_ids
 
 
 @pytest.mark.parametrize("sent", [[], [1], [1, 2, 3]], ids=["nothing", "some", "more than the checkpoint has"])
@@ -271,6 +275,22 @@ def test_after_a_kill_each_row_is_in_mlflow_once(
     seen.clear()
     train.run(tmp_path / "models", tmp_path / "state", params)
     assert (rows["train/loss"], rows["train/learning_rate"]) == ([1, 2, 3, 4], [1, 2, 3, 4])
+
+
+def test_the_run_of_a_training_that_is_deleted_ends(
+    tmp_path: Path, shards: Path, shortest: Params, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed, it left its run running; another's end deletes its checkpoint, and so nobody will go on with it."""
+    store = Store({})
+    monkeypatch.setattr(train, "training_run", lambda *_, **__: nullcontext(store))
+    seen.append(-1)
+    with pytest.raises(Killed):
+        train.run(tmp_path / "models", tmp_path / "state", shortest)
+    assert store.lost == []
+    seen.clear()
+    slower = changed(shortest, optimizer=shortest.train.optimizer.model_dump() | {"learning_rate": 0.01})
+    train.run(tmp_path / "models", tmp_path / "state", slower)
+    assert store.lost == ["the run"]
 
 
 def test_only_what_decides_the_weights_is_code_that_a_checkpoint_asks_for() -> None:
