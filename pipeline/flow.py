@@ -136,7 +136,7 @@ def _alone(project: Path) -> Iterator[None]:
 def _crashed(client: SyncPrefectClient, run: UUID) -> None:
     """Note that a flow run was killed, and what of it was still to be done."""
     of_it = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
-    unfinished = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    unfinished = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED])
     tasks = client.read_task_runs(
         flow_run_filter=of_it, task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=unfinished))
     )

@@ -98,18 +98,19 @@ def _fetched(address: str, folder: Path) -> Located:
     """The files of a model in MLflow, as its run keeps them: weights in safetensors, and scores if there are any."""
     client = store_client()
     run_id, version = _run_of(client, address)
-    run = client.get_run(run_id).info.run_name
-    name = f"{address} ({version}{run}, run {run_id})"
-    there = {file.path for kind in ("models", "lfw") for file in client.list_artifacts(run_id, kind)}
+    run = client.get_run(run_id)
+    name = f"{address} ({version}{run.info.run_name}, run {run_id})"
+    there = {file.path for file in client.list_artifacts(run_id, "models")}
     wanted = [f"models/{file}" for file in ("backbone.safetensors", "model.json")]
     if not there.issuperset(wanted):
         raise TrackingError(
-            f"{name}: {' and '.join(wanted)} are not at {shown(client.get_run(run_id).info.artifact_uri)}; take a run "
-            "that ended well"
+            f"{name}: {' and '.join(wanted)} are not at {shown(run.info.artifact_uri)}; take a run that ended well"
         )
     for file in wanted:
         fetch(client, run_id, file, folder)
-    return Located(folder / "models", name, fetch(client, run_id, SCORES, folder) if SCORES in there else None)
+    scored = first_of(client, run).info.run_id
+    has_scores = SCORES in {file.path for file in client.list_artifacts(scored, str(Path(SCORES).parent))}
+    return Located(folder / "models", name, fetch(client, scored, SCORES, folder) if has_scores else None)
 
 
 def _run_of(client: "MlflowClient", address: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ nothing here is needed with `tracking.enabled: false`. No run id enters an outpu
 training's run by the content of the model (tag `model.sha256`).
 """
 
+import glob
 import hashlib
 import logging
 import os
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -362,8 +364,8 @@ def check_file(*, written: bool = False) -> None:
         refused = [each for each in needed if not os.access(each, os.W_OK)] if written or not path.exists() else []
         if refused:
             raise OSError(f"{refused[0]} {'may not be written' if refused[0].exists() else 'is not there'}")
-        if path.exists() and not os.environ.get("MLFLOW_TRACKING_URI") and artifacts_root().is_dir():
-            _move_along(path)
+        if path.exists() and not os.environ.get("MLFLOW_TRACKING_URI"):
+            _move_along(path, written=written)
     except (sqlite3.Error, OSError) as error:
         raise TrackingError(
             f"{_named_store()}: {error}; make it a database that you may read and write, name another store by "
@@ -380,21 +382,54 @@ _PLACES = (
 """Where MLflow's database has the absolute addresses of files, tables and columns."""
 
 
-def _move_along(path: Path) -> None:
-    """Where the project was moved or copied since, put the addresses of its runs' files right."""
+def _move_along(path: Path, *, written: bool) -> None:
+    """Where the project was moved or copied since, put the addresses of its runs' files right.
+
+    Args:
+        path: of the database.
+        written: it is to be written anyhow; otherwise it stays as it is while a run goes on, which may be one that sees
+            this very folder by another path, from within a container.
+    """
     here = artifacts_root()
-    with closing(sqlite3.connect(path, ANSWER_SECONDS)) as database, database:
-        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
-            return  # it is new
-        found = database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
-        before = [place for (place,) in found if place.endswith(f"/{here.name}") and place != here.as_uri()]
-        for place in before:
-            for table, column in _PLACES:
+    if path.resolve().parent != here.resolve().parent or not here.is_dir():
+        return
+    before = _places_before(path, here, running=written)
+    if not before:
+        return
+    try:
+        with closing(sqlite3.connect(path, ANSWER_SECONDS)) as database, database:
+            for place, (table, column) in product(before, _PLACES):
                 database.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
-                    (here.as_uri(), len(place) + 1, len(place), place),
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} GLOB ?",
+                    (here.as_uri(), len(place) + 1, place, f"{glob.escape(place)}/*"),
                 )
-            log.warning("%s had its runs' files in %s, and has them in %s from now on", path, place, here)
+    except sqlite3.OperationalError as error:
+        if written:
+            raise
+        log.warning("%s has its runs' files in %s, not in %s as it should: %s", path, " and ".join(before), here, error)
+        return
+    log.warning("%s had its runs' files in %s, and has them in %s from now on", path, " and ".join(before), here)
+
+
+def _places_before(path: Path, here: Path, *, running: bool) -> list[str]:
+    """Where the project's experiments keep files by their database, though files of their runs are here.
+
+    Args:
+        running: also while a run goes on.
+    """
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", ANSWER_SECONDS, uri=True)) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
+            return []  # it is new
+        found = database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+        runs = database.execute("SELECT run_uuid, artifact_uri, status FROM runs").fetchall()
+    if not running and any(status == "RUNNING" for *_, status in runs):
+        return []
+    places = [place for (place,) in found if place.startswith(("file:", "/")) and place.endswith(f"/{here.name}")]
+    return [
+        place
+        for place in places
+        if place != here.as_uri() and any(uri.startswith(f"{place}/") and (here / run).is_dir() for run, uri, _ in runs)
+    ]
 
 
 def _store_file() -> Path | None:

@@ -1,6 +1,7 @@
 """From a photograph's bytes to pixels, or a reason why there are none."""
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -19,6 +20,8 @@ _MAX_SCANS = 500
 """Of a JPEG; progressive ones have ten. Each takes a pass over all of its pixels, and a hundred bytes may be one."""
 _SCAN = b"\xff\xda"
 """What a scan of a JPEG begins with, and nothing in it is."""
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+"""What any part of a JPEG begins with, restarts within a scan excepted."""
 _ORIENTATION = 0x0112
 """EXIF's tag."""
 _TURNS = {
@@ -85,7 +88,7 @@ def decode_reduced(content: bytes, reduction: Callable[[int, int], int]) -> tupl
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if max(image.size) > _MAX_SIDE:
                     raise UnreadableImage(f"too large: {image.width}×{image.height} pixels")
-                if image.format == "JPEG" and (scans := content.count(_SCAN)) > _MAX_SCANS:
+                if content.count(_SCAN) > _MAX_SCANS and (scans := _scans(content)) > _MAX_SCANS:
                     raise UnreadableImage(f"too large: {scans} scans")
                 if image.mode == "F" or (image.format == "TIFF" and image.mode == "I"):
                     raise UnreadableImage("floating-point or 32-bit samples, whose range is unknown")
@@ -103,6 +106,17 @@ def decode_reduced(content: bytes, reduction: Callable[[int, int], int]) -> tupl
             raise UnreadableImage(f"too large: {error}") from error
         except _FAILURES as error:
             raise UnreadableImage(f"broken image: {error}") from error
+
+
+def _scans(content: bytes) -> int:
+    """How many scans a JPEG has, up to its end: what follows, a film for one, is none of it; 0 for other formats."""
+    scans, at = 0, 2
+    while content.startswith(b"\xff\xd8") and (marker := _MARKER.search(content, at)):
+        if marker[1] == b"\xd9":
+            break
+        scans += marker[1] == b"\xda"
+        at = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2])
+    return scans
 
 
 def _upright(image: Image.Image) -> bool:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import tables
+from pipeline.errors import InputError
 from pipeline.params import Params
 from stages.evaluate.verification import EvaluationError
 from stages.shard.names import name_of, read_names, spellings
@@ -41,16 +42,17 @@ class Trained:
             params: train.data and shard.clean.names.
 
         Raises:
-            InputError: train.data is no address that can be read here.
+            TableError: labels.parquet is the model's, but not readable.
+            OSError: there is no model.json.
         """
-        place = Place.of(params.train.data)
         unknown = "whether people of the test sets are trained on cannot be told"
         try:
+            place = Place.of(params.train.data)
             content = place.read(_LABELS)
-        except tables.TableError as error:
+        except InputError as error:
             log.warning("%s; %s", error, unknown)
             return None
-        trained_on = json.loads((models / "model.json").read_text())["data"][_LABELS]
+        trained_on = json.loads((models / "model.json").read_text()).get("data", {}).get(_LABELS)
         if hashlib.sha256(content).hexdigest() != trained_on:
             log.warning(
                 "%s: of other shards than the model in %s was trained on; %s until `dvc repro train` is done",

@@ -31,8 +31,15 @@ def record(reports: Path, run: NoRun) -> None:
     run.log_metrics(_flat(read_json(reports / "shard" / "metrics.json"), "shard"))
     for name in PAIRED:
         _record_pairs(reports / name, name, run)
+    taken: set[str] = set()
     for folder in extra_sets(reports):
-        _record_pairs(folder, EXTRA.format(folder.name), run)
+        name = EXTRA.format(folder.name)
+        # by a name that it does not take, MLflow refuses all that comes along
+        of_metrics = re.sub(r"[^\w.\-: /]", "_", name)
+        while of_metrics in taken:
+            of_metrics += "_"
+        taken.add(of_metrics)
+        _record_pairs(folder, name, run, of_metrics)
     _record_identification(reports / "megaface", run)
     run.log_metrics(_flat(read_json(reports / "audit" / "metrics.json"), "audit"))
     for file in ("suspects.csv", "index.html"):
@@ -60,11 +67,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _record_pairs(results: Path, name: str, run: NoRun) -> None:
-    name = re.sub(r"[^\w.\-: /]", "_", name)  # of one that it does not take, MLflow refuses all that comes with it
+def _record_pairs(results: Path, name: str, run: NoRun, of_metrics: str | None = None) -> None:
     found = read_json(results / "metrics.json")
     rates = {f"tar_at_far_{far}": tar for far, tar in found["tar_at_far"].items()}
-    run.log_metrics(_flat({key: found[key] for key in _MEASURED} | rates, name))
+    run.log_metrics(_flat({key: found[key] for key in _MEASURED} | rates, of_metrics or name))
     for figure in FIGURES:
         run.log_figure(results / figure, f"{name}/{figure}")
     for file in FILES:

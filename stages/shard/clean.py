@@ -251,9 +251,8 @@ def _drop_copies(
         ]
     )
     contents = [known.sha256.take(pictured[name]) for name, known in evaluation.items()]
-    kinds: dict[tuple[str, str, str], Copies] = {
-        ("evaluated_photograph", "contradiction", "duplicate"): Equal(faces.sha256, contents)
-    }
+    equal = Equal(faces.sha256, contents)
+    kinds: dict[tuple[str, str, str], Copies] = {("evaluated_photograph", "contradiction", "duplicate"): equal}
     if near is not None:
         assert faces.hashes is not None
         hashes = [known.hashes[pictured[name]] for name, known in evaluation.items() if known.hashes is not None]
@@ -270,5 +269,6 @@ def _drop_copies(
         rows = np.flatnonzero(left.alive)
         left.drop_copies(rows, evaluated, copies.evaluated(rows), theirs)
         left.drop_copies(witnesses, contradiction, copies.contradicting(witnesses, code), faces.image_id)
+        witnesses = np.union1d(np.flatnonzero(left.alive), equal.apart(witnesses, code))
         rows = best_first[left.alive[best_first]]
         left.drop_copies(rows, duplicate, copies.better(rows, code), faces.image_id)

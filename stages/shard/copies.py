@@ -31,7 +31,7 @@ class Copies(Protocol):
     """A kind of copy."""
 
     def among(self, rows: Rows, others: Rows, identity: NDArray[np.intp]) -> Found:
-        """The first of `others`, few rows which ascend, that each row is a copy of and that bears its identity."""
+        """The first of `others`, which ascend, that each row is a copy of and that bears its identity."""
 
     def evaluated(self, rows: Rows) -> Found:
         """The first photograph of an evaluation set that each row is a copy of."""
@@ -55,12 +55,24 @@ class Equal:
         self._ours, self._contents = len(ours), len(contents)
 
     def among(self, rows: Rows, others: Rows, identity: NDArray[np.intp]) -> Found:
-        """The first of `others`, few rows which ascend, that each row is a copy of and that bears its identity."""
-        of = np.full(len(rows), -1)
-        for person in np.unique(identity[others]):
-            places, theirs = np.flatnonzero(identity[rows] == person), others[identity[others] == person]
-            of[places] = self._first(self._content[theirs], theirs)[self._content[rows[places]]]
-        return self._found(of)
+        """The first of `others`, which ascend, that each row is a copy of and that bears its identity."""
+        people = int(identity.max(initial=0)) + 1
+        theirs, first = np.unique(self._content[others] * people + identity[others], return_index=True)
+        ours = self._content[rows] * people + identity[rows]
+        place = np.searchsorted(theirs, ours)
+        there = np.append(theirs, -1)[place] == ours
+        return self._found(np.where(there, np.append(others[first], -1)[place], -1))
+
+    def apart(self, rows: Rows, identity: NDArray[np.intp]) -> Rows:
+        """Of `rows`, which ascend, those that stand for all of their copies: the first, and the first of another
+        identity.
+
+        What is near one of them is near all, and one of these two bears another identity than it, if any does.
+        """
+        content = self._content[rows]
+        first = self._first(content, rows)[content]
+        other = identity[first] != identity[rows]
+        return np.union1d(first, self._first(content[other], rows[other])[content[other]])
 
     def evaluated(self, rows: Rows) -> Found:
         """The first photograph of an evaluation set that each row is a copy of."""
@@ -103,12 +115,17 @@ class Near:
     """In how many they may differ."""
 
     def among(self, rows: Rows, others: Rows, identity: NDArray[np.intp]) -> Found:
-        """The first of `others`, few rows which ascend, that each row is near and that bears its identity."""
+        """The first of `others`, which ascend, that each row is near and that bears its identity."""
         of = np.full(len(rows), -1)
-        for person in np.unique(identity[others]):
-            places, theirs = np.flatnonzero(identity[rows] == person), others[identity[others] == person]
-            near = bits_apart(self.ours[rows[places], None], self.ours[None, theirs]) <= self.bits
-            of[places] = np.where(near.any(axis=1), theirs[near.argmax(axis=1)], -1)
+        others = others[np.argsort(identity[others], kind="stable")]
+        some = np.flatnonzero(np.isin(identity[rows], identity[others]))
+        for places in _by_identity(some, identity[rows]):
+            bounds = (np.searchsorted(identity[others], identity[rows[places[0]]], side) for side in ("left", "right"))
+            theirs = others[slice(*bounds)]
+            size = max(1, _CELLS // len(theirs))
+            for block in (places[start : start + size] for start in range(0, len(places), size)):
+                near = bits_apart(self.ours[rows[block], None], self.ours[None, theirs]) <= self.bits
+                of[block] = np.where(near.any(axis=1), theirs[near.argmax(axis=1)], -1)
         return self._found(rows, of, self.ours)
 
     def evaluated(self, rows: Rows) -> Found:
@@ -132,9 +149,7 @@ class Near:
     def better(self, rows: Rows, identity: NDArray[np.intp]) -> Found:
         """The first of `rows`, of one identity the best first, that each is near, and that is none itself."""
         of = np.full(len(rows), -1)
-        order = np.argsort(identity[rows], kind="stable")
-        people = np.split(order, np.flatnonzero(np.diff(identity[rows[order]])) + 1)
-        for places in people:
+        for places in _by_identity(np.arange(len(rows)), identity[rows]):
             first = _first_kept(self.ours[rows[places]], self.bits)
             of[places] = np.where(first < 0, -1, rows[places[first]])
         return self._found(rows, of, self.ours)
@@ -144,6 +159,13 @@ class Near:
         distance = np.full(len(rows), -1, np.int32)
         distance[copies] = bits_apart(self.ours[rows[copies]], hashes[of[copies]])
         return Found(of, distance)
+
+
+def _by_identity(places: Rows, identity: NDArray[np.intp]) -> list[Rows]:
+    """Some places, those of one identity together; in the order that they had."""
+    order = places[np.argsort(identity[places], kind="stable")]
+    groups = np.split(order, np.flatnonzero(np.diff(identity[order])) + 1)
+    return [group for group in groups if len(group)]
 
 
 def _first_kept(hashes: NDArray[np.uint64], bits: int) -> Rows:

@@ -14,21 +14,21 @@ def spellings(name: str) -> tuple[str, ...]:
     Schroeder. None where nothing is left. Two names are the same if they have a spelling in common.
     """
     composed = unicodedata.normalize("NFKC", name).casefold()
-    found = (_letters(composed.translate(table)) for table in (_ONE, _TWO))
+    found = map(_letters, (composed, composed.translate(_TWO)))
     return tuple(dict.fromkeys(spelling for spelling in found if spelling))
 
 
 _ONE = str.maketrans(
     {"æ": "ae", "ð": "d", "đ": "d", "ħ": "h", "ı": "i", "ł": "l", "ŋ": "n", "ø": "o", "œ": "oe", "þ": "th", "ŧ": "t"}
 )
-_TWO = _ONE | str.maketrans({"ä": "ae", "å": "aa", "đ": "dj", "ö": "oe", "ø": "oe", "ü": "ue"})
+_TWO = str.maketrans({"ä": "ae", "å": "aa", "đ": "dj", "ö": "oe", "ø": "oe", "ü": "ue"})
 _ACCENTS = re.compile("[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670]")
 """Marks that a name may go without: of Latin, Greek and Cyrillic letters; the vowel points of Hebrew and Arabic. Those
 of other scripts tell names apart, as the vowels of Devanagari do."""
 
 
 def _letters(text: str) -> str:
-    plain = _ACCENTS.sub("", unicodedata.normalize("NFKD", text))
+    plain = _ACCENTS.sub("", unicodedata.normalize("NFKD", text)).translate(_ONE)
     return "".join(c for c in plain if unicodedata.category(c)[0] in "LMN")
 
 

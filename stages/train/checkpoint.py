@@ -142,10 +142,11 @@ class Checkpoints:
 
     def delete_others(self) -> None:
         """Delete what other trainings have left in the same root: this one has ended, and its outcome is written."""
-        for other in self.others():
-            other.folder.rename(other.folder.with_name(f"{other.folder.name}{_DELETED}"))  # half of it would be damaged
-        for folder in self.folder.parent.glob(f"*{_DELETED}"):
+        for folder in self.folder.parent.glob(f"*{_DELETED}"):  # what a kill has left of this
             rmtree(folder)
+        for other in self.others():
+            # half deleted under its own name it would be damaged
+            rmtree(other.folder.rename(other.folder.with_name(f"{other.folder.name}{_DELETED}")))
 
     def _choose(self) -> int:
         """The iteration of the newest checkpoint that is whole; 0 where there is none."""

@@ -121,6 +121,7 @@ def test_a_small_file_may_not_take_hours() -> None:
     assert difference(content[:-2] + 3 * scan + content[-2:], RGB) < 4
     with pytest.raises(UnreadableImage, match="too large: 1010 scans"):
         decode(content[:-2] + 1000 * scan + content[-2:])
+    assert difference(content + 1000 * scan, RGB) < 4  # behind its end: of a film, say
 
 
 def test_what_follows_the_end_of_a_jpeg_does_no_harm() -> None:

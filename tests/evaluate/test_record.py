@@ -76,12 +76,16 @@ def test_all_is_recorded_by_set(finished: Path) -> None:
 
 def test_names_are_such_as_mlflow_takes(finished: Path) -> None:
     """One that it does not take loses all that come with it; a browser calls the second download of pairs.csv so."""
-    (finished / "extra" / "lfw").rename(finished / "extra" / "pairs (1), a+b & Jo\u00e3o@x")
+    extra, names = finished / "extra", ("pairs (1), Jo\u00e3o@x", "pairs [1], Jo\u00e3o@x")
+    (extra / "lfw").rename(extra / names[0])
+    shutil.copytree(extra / names[0], extra / names[1])
     run = Recorder()
     record(finished, run)
     for name in run.metrics:
         _validate_metric_name(name)
-    assert "extra/pairs _1__ a_b _ Jo\u00e3o_x/accuracy" in run.metrics
+    assert {f"extra/pairs _1__ Jo\u00e3o_x{more}/accuracy" for more in ("", "_")} <= run.metrics.keys()
+    for name in names:  # files keep theirs
+        assert {f"extra/{name}/scores.parquet", f"figures/extra/{name}/roc.png"} <= run.files
 
 
 def test_without_identification_there_is_none_of_it(finished: Path) -> None:

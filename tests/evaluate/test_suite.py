@@ -102,6 +102,9 @@ def test_whom_it_was_trained_on_is_not_told_by_other_shards(
     tables.write_table(Path("data/shards/labels.parquet"), pa.Table.from_pylist(others, tables.LABELS), tables.LABELS)
     assert leaked(here) is None
     assert "data/shards/labels.parquet: of other shards than the model in models was trained on; whether" in caplog.text
+    caplog.clear()
+    assert leaked(here.model_copy(update={"train": here.train.model_copy(update={"data": "nosuch://shards"})})) is None
+    assert "nosuch://shards: not an address that can be read here" in caplog.text
     train = here.train.model_copy(update={"data": str(elsewhere)})
     assert leaked(here.model_copy(update={"train": train})) == 0
 

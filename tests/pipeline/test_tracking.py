@@ -292,6 +292,8 @@ def test_a_model_that_comes_out_again_counts_as_the_first(project: Path, tracked
     with registry.located("models:/cosface@champion", tracked) as found:
         assert first.info.run_id in found.name
         assert found.scores is not None
+    with registry.located(f"runs:/{ids[2]}", tracked) as found:
+        assert found.scores is not None
     tracking.download(ids[2], "scores.parquet", models / "fetched", tracked)
     MlflowClient(tracking.store_uri()).delete_run(ids[1])
     registry.promote("latest", tracked)
@@ -340,6 +342,40 @@ def test_a_project_may_be_moved_or_copied(
     assert sorted((project / "mlartifacts").rglob("*")) == before
     assert "from now on" not in caplog.text
     assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_only_what_was_the_projects_own_moves_along(
+    project: Path, tracked: Params, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not files of another experiment, which lie elsewhere; nothing while a run goes on, unless one is to be written;
+    and not by a link to another project's store.
+    """
+    with training_run(tracked, lineage={}) as run:
+        run.log_model(models)
+    client = MlflowClient(tracking.store_uri())
+    places = ["s3://bucket/mlartifacts", (tmp_path / "mlartifacts").as_uri(), f"{(project / 'mlartifacts').as_uri()}2"]
+    others = [client.create_experiment(f"{tracked.tracking.experiment} {place}", place) for place in places]
+    client.create_run(others[1])  # said to be running
+    moved = shutil.copytree(project, tmp_path / "moved")
+
+    def addresses() -> list[str]:
+        found = MlflowClient(tracking.store_uri())
+        return [
+            found.get_run(str(run.id)).info.artifact_uri,
+            *(found.get_experiment(i).artifact_location for i in others),
+        ]
+
+    before, now = (f"{(folder / 'mlartifacts').as_uri()}/{run.id}/artifacts" for folder in (project, moved))
+    linked = tmp_path / "linked"
+    (linked / "mlartifacts" / str(run.id)).mkdir(parents=True)
+    (linked / "mlflow.db").symlink_to(moved / "mlflow.db")
+    monkeypatch.chdir(linked)
+    tracking.check_file(written=True)
+    monkeypatch.chdir(moved)
+    tracking.check_file()
+    assert addresses() == [before, *places]
+    tracking.check_file(written=True)
+    assert addresses() == [now, *places]
 
 
 def test_artifacts_of_one_name_are_kept_apart(project: Path, tracked: Params, tmp_path: Path) -> None:

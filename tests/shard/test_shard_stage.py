@@ -281,7 +281,7 @@ def test_copies_and_people_of_evaluation_sets_are_left_out(tmp_path: Path, monke
     assert "ytf: Bob/2" in page
 
 
-def test_the_stage_minds_every_evaluation_set(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stage_minds_lfw_ytf_and_the_probes(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(command, "run", lambda *arguments: given.extend(arguments))
     command.main(params)

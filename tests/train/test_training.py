@@ -197,7 +197,7 @@ def test_a_checkpoint_serves_no_other_parameters_data_or_code(
         shutil.copytree(tmp_path / "state", state)
         (stopped,) = state.iterdir()
         (state / "kept by hand").mkdir()
-        (state / f"{'0' * 16}.deleted").mkdir()  # as a kill amidst deleting leaves it
+        (state / f"{stopped.name}.deleted" / "half").mkdir(parents=True)  # as a kill amidst deleting leaves it
         caplog.clear()
         seen.clear()
         train.run(tmp_path / name, state, params)
