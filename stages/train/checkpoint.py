@@ -55,7 +55,7 @@ class Other:
         """Of its MLflow run; None where it had none, or its newest checkpoint cannot be read."""
         try:
             found: str | None = _read(_whole(self.folder, self.iteration), mapped=True)["run_id"]
-        except (InputError, FileNotFoundError):
+        except (InputError, OSError):
             return None
         return found
 
