@@ -232,14 +232,20 @@ def _sheets(
 def _doubtful(table: pa.Table, detected: NDArray[np.intp]) -> NDArray[np.intp]:
     """Photographs with several faces, the largest of the others being largest beside the chosen one first."""
     several = detected[pc.greater(table["faces"].take(detected), 1).to_numpy()]
+    if not len(several):
+        return several
+    some = table.select(["box", "others"]).take(several)
+    chosen, others = (_areas(some[name].combine_chunks()) for name in ("box", "others"))
+    ends = np.cumsum(pc.list_value_length(some["others"]).to_numpy() // 4)
+    largest = np.maximum.reduceat(others, np.append(0, ends[:-1]))
+    return several[np.argsort(-largest / chosen, kind="stable")]
 
-    def ratio(row: int) -> float:
-        boxes = np.reshape(table["box"][row].as_py() + table["others"][row].as_py(), (-1, 4))
-        areas = (boxes[:, 2:] - boxes[:, :2] + 1).prod(axis=1)
-        return float(areas[1:].max() / areas[0])
 
-    ratios = np.array([ratio(row) for row in several.tolist()])
-    return several[np.argsort(-ratios, kind="stable")]
+def _areas(boxes: pa.ListArray) -> NDArray[np.float64]:
+    """Of boxes, in lists of four numbers each."""
+    found = boxes.flatten().to_numpy().astype(np.float64).reshape(-1, 4)
+    areas: NDArray[np.float64] = (found[:, 2:] - found[:, :2] + 1).prod(axis=1)
+    return areas
 
 
 def _photograph(content: bytes, table: pa.Table, row: int) -> str:

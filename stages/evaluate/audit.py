@@ -27,7 +27,8 @@ from stages.evaluate import features
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 4096
+_BLOCK, _COSINES = 4096, 1 << 26
+"""Vectors that are looked at together, and how many cosines of theirs at most."""
 _PER_IDENTITY = 10
 """Images of a person of a test set, at most, that make up their centre; evenly spaced."""
 _SHOWN = 60
@@ -121,6 +122,11 @@ def run(embedded: Path, aligned: Path, sets: Sequence[str], shards: Path, out: P
     return metrics
 
 
+def _block(others: int) -> int:
+    """How many vectors to compare with so many others at a time."""
+    return min(_BLOCK, max(1, _COSINES // others))
+
+
 def suspected_labels(
     train: Embedded, sums: NDArray[np.float32], centres: NDArray[np.float32], margin: float
 ) -> list[Suspicion]:
@@ -130,9 +136,10 @@ def suspected_labels(
     """
     found = []
     counts = np.bincount(train.code, minlength=len(train.names))
-    for start in range(0, len(train.code), _BLOCK):
-        vectors = train.vectors[start : start + _BLOCK].astype(np.float32)
-        code = train.code[start : start + _BLOCK]
+    block = _block(len(centres))
+    for start in range(0, len(train.code), block):
+        vectors = train.vectors[start : start + block].astype(np.float32)
+        code = train.code[start : start + block]
         own = np.einsum("nd,nd->n", vectors, _normalised(sums[code] - vectors))
         cosines = vectors @ centres.T
         cosines[np.arange(len(code)), code] = -np.inf
@@ -165,8 +172,9 @@ def suspected_overlaps(
     """
     _, theirs = known.centres()
     found = []
-    for start in range(0, len(centres), _BLOCK):
-        cosines = centres[start : start + _BLOCK] @ theirs.T
+    block = _block(len(theirs))
+    for start in range(0, len(centres), block):
+        cosines = centres[start : start + block] @ theirs.T
         person = cosines.argmax(axis=1)
         score = cosines[np.arange(len(person)), person]
         found += [(float(score[i]), start + i, int(person[i])) for i in np.flatnonzero(score >= least).tolist()]

@@ -48,8 +48,9 @@ def embed_set(aligned: Path, model: Embedder, out: Path, *, batch: int, flip: bo
         ThreadPoolExecutor(1) as reader,
         bar(total=sum(map(tables.rows, sources)), label=f"{aligned.name}: embedding", unit="images") as shown,
     ):
-        left = [path for path in sources if not (unfinished / path.name).exists()]
-        shown.update(sum(tables.rows(path) for path in sources if path not in left))
+        done = {path for path in sources if (unfinished / path.name).exists()}
+        shown.update(sum(map(tables.rows, done)))
+        left = [path for path in sources if path not in done]
         # The faces of the next part are decoded while the network looks at those of this one.
         coming: Future[_Part] | None = reader.submit(_read, left[0], model.width, decoders) if left else None
         for i, path in enumerate(left):

@@ -111,7 +111,7 @@ def identify(
     people = np.unique(people, return_inverse=True)[1].reshape(-1)
     if not np.isfinite(probes).all():
         raise EvaluationError("probes: features that are not finite numbers")
-    looking, mate = np.nonzero((people[:, None] == people) & ~np.eye(len(people), dtype=bool))
+    looking, mate = _pairs(people)
     if not len(looking):
         raise EvaluationError(f"{len(people)} probes: no two of them show one person, so that there are no mates")
     on_device = torch.from_numpy(np.ascontiguousarray(probes, np.float32)).to(device)
@@ -141,6 +141,18 @@ def identify(
         highest=np.array(limits, np.float64).reshape(len(counts), len(fars)),
         probes=len(probes),
     )
+
+
+def _pairs(people: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Each photograph with each other one of its person, in order; people are numbered."""
+    of_person = np.argsort(people, kind="stable")
+    sizes = np.bincount(people)
+    size, first = sizes[people], (np.cumsum(sizes) - sizes)[people]
+    looking = np.repeat(np.arange(len(people)), size)
+    within = np.arange(len(looking)) - np.repeat(np.cumsum(size) - size, size)
+    mate = of_person[np.repeat(first, size) + within]
+    other = looking != mate
+    return looking[other], mate[other]
 
 
 def _mates(probes: Tensor, looking: NDArray[np.intp], mate: NDArray[np.intp]) -> Tensor:

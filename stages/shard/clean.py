@@ -269,6 +269,8 @@ def _drop_copies(
         rows = np.flatnonzero(left.alive)
         left.drop_copies(rows, evaluated, copies.evaluated(rows), theirs)
         left.drop_copies(witnesses, contradiction, copies.contradicting(witnesses, code), faces.image_id)
-        witnesses = np.union1d(np.flatnonzero(left.alive), equal.apart(witnesses, code))
+        speaks = left.alive
+        speaks[equal.apart(witnesses, code)] = True
+        witnesses = np.flatnonzero(speaks)
         rows = best_first[left.alive[best_first]]
         left.drop_copies(rows, duplicate, copies.better(rows, code), faces.image_id)

@@ -72,7 +72,9 @@ class Equal:
         content = self._content[rows]
         first = self._first(content, rows)[content]
         other = identity[first] != identity[rows]
-        return np.union1d(first, self._first(content[other], rows[other])[content[other]])
+        stands = np.zeros(len(identity), bool)
+        stands[first] = stands[self._first(content[other], rows[other])[content[other]]] = True
+        return np.flatnonzero(stands)
 
     def evaluated(self, rows: Rows) -> Found:
         """The first photograph of an evaluation set that each row is a copy of."""

@@ -134,7 +134,9 @@ def _spill(
 ) -> None:
     """Write the rows of some parts that have a place, ordered by it, a batch for each group of shards."""
     columns = [tables.read_table(path, tables.ALIGNED, ["image"])["image"].cast(pa.large_binary()) for path in paths]
-    images = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.large_binary())
+    chunks = [chunk for column in columns for chunk in column.chunks]
+    images = pa.chunked_array(chunks, pa.large_binary()).combine_chunks()  # of many, each `take` would do that anew
+    del columns, chunks
     rows = np.argsort(place, kind="stable")
     rows = rows[place[rows] >= 0]
     bounds = np.searchsorted(place[rows], [0, *ends])
@@ -145,7 +147,7 @@ def _spill(
     ):
         for start, stop in pairwise(bounds.tolist()):
             some = rows[start:stop]
-            taken = images.take(pa.array(some)).combine_chunks() if len(some) else pa.array([], pa.large_binary())
+            taken = images.take(pa.array(some, pa.int64()))
             to.write_batch(pa.record_batch([pa.array(place[some]), taken, pa.array(labels[some])], schema=_SPILL))
 
 
