@@ -593,9 +593,8 @@ def main() -> None:
 def keep(section: str, result: dict[str, Any], work: Work) -> None:
     """Put a section into the result file."""
     whole = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    whole["machine"] = hardware()
-    whole["versions"] = {"python": platform.python_version(), "ours": work.ours.versions, "peers": work.peers.versions}
-    whole[section] = result
+    versions = {"python": platform.python_version(), "ours": work.ours.versions, "peers": work.peers.versions}
+    whole[section] = {"machine": hardware(), "versions": versions} | result
     RESULT.write_text(json.dumps(whole, indent=2) + "\n")
     print(json.dumps(result, indent=1)[:4000], flush=True)
 

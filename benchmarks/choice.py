@@ -136,9 +136,7 @@ def main() -> None:
     trial = tried(params, arguments.work.resolve())
     with tables.locked(arguments.work / "choice"):
         whole = json.loads(RESULT.read_text()) if RESULT.exists() else {"trials": {}}
-        whole["machine"] = hardware()
-        whole["versions"] = {"torch": version("torch")}
-        whole["trials"][arguments.name] = trial
+        whole["trials"][arguments.name] = {"machine": hardware(), "versions": {"torch": version("torch")}} | trial
         with tables.atomic(RESULT) as path:
             path.write_text(json.dumps(whole, indent=2) + "\n")
     print(json.dumps(trial), flush=True)

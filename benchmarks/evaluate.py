@@ -60,14 +60,14 @@ def scoring() -> dict[str, Any]:
         pairs = Verification(scores, same, fold, FARS)
         found = uncertainty.intervals(pairs, who)
         ours, wall = time.process_time() - begun, time.perf_counter() - wall
-        random, begun = np.random.default_rng(1), time.process_time()
-        some = 20
-        for _ in range(some):
+        random, weights = np.random.default_rng(1), []
+        for _ in range(20):
             times = np.bincount(random.integers(who.count, size=who.count), minlength=who.count)
-            weight = times[who.left] * np.where(same, 1, times[who.right])
-            plain = by_lists(scores, same, fold, weight)
-            assert plain == pairs.measure(weight).accuracy
-        one_plain = (time.process_time() - begun) / some
+            weights.append(times[who.left] * np.where(same, 1, times[who.right]))
+        begun = time.process_time()
+        plain = [by_lists(scores, same, fold, weight) for weight in weights]
+        one_plain = (time.process_time() - begun) / len(weights)
+        assert plain == [pairs.measure(weight).accuracy for weight in weights]
         rounds.append({"seconds": ours, "wall_seconds": wall, "plain_seconds": 2 * REPLICATES * one_plain})
     return {
         "pairs": len(same),
@@ -245,10 +245,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for name in parser.parse_args().only:
-        result[name] = SECTIONS[name]()
+        versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
+        result[name] = {"machine": hardware(), "versions": versions} | SECTIONS[name]()
         print(name, json.dumps(result[name], indent=2), flush=True)
-    result["machine"] = hardware()
-    result["versions"] = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 
 

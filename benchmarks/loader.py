@@ -46,7 +46,14 @@ from stages.train.sampling import Uniform
 ROOT = Path(__file__).parents[1]
 RESULT = RESULTS / "loader.json"
 PEERS = ["folder", "RecordIO", "webdataset", "datasets", "mosaicml-streaming"]
-PINNED = ["torch==2.13.0", "simplejpeg==1.9.0", "numpy", "webdataset==1.0.2", "datasets==5.2.0"]
+PINNED = [
+    "torch==2.13.0",
+    "simplejpeg==1.9.0",
+    "numpy",
+    "opencv-python-headless>=4.11,<5",
+    "webdataset==1.0.2",
+    "datasets==5.2.0",
+]
 STREAMING = "mosaicml-streaming==0.13.0"
 """Installed without what it asks for: an older torch, and torchvision, whose build does not go with the CPU's torch."""
 STREAMING_NEEDS = ["transformers", "brotli", "python-snappy", "zstd", "pillow", "catalogue", "pyyaml", "xxhash<4"]
@@ -228,10 +235,10 @@ def read(name: str, work: Path, count: int, batch: int) -> None:
     with closing(iter(loader)) as batches:
 
         def rate(images: int) -> float:
-            started = time.perf_counter()
-            for _ in range(images // batch):
+            started, count = time.perf_counter(), images // batch
+            for _ in range(count):
                 assert len(next(batches).labels) == batch
-            return images / (time.perf_counter() - started)
+            return count * batch / (time.perf_counter() - started)
 
         if name != "by turns":
             rate(WARM_UP * batch)

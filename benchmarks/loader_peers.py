@@ -22,6 +22,7 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+import cv2
 import numpy as np
 import simplejpeg
 import torch
@@ -29,6 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 
 WARM_UP, TIMED = 20, 120
 """Batches."""
+SIDE = 112
+"""Of a face, pixels."""
 MAGIC = 0xCED7230A
 """Of a RecordIO record."""
 
@@ -39,13 +42,13 @@ def listed(data: Path) -> list[tuple[Path, int]]:
     return [(path, label) for label, person in enumerate(people) for path in sorted(person.iterdir())]
 
 
-def decode(jpeg: bytes) -> np.ndarray:
-    pixels: np.ndarray = simplejpeg.decode_jpeg(jpeg, "RGB")
-    return pixels[:, ::-1] if random.random() < 0.5 else pixels
-
-
 def collate(items: list[tuple[bytes, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    images = np.stack([decode(jpeg) for jpeg, _ in items])
+    """Decoded where they belong, and flipped there: stacked afterwards it would take a quarter longer."""
+    images = np.empty((len(items), SIDE, SIDE, 3), np.uint8)
+    for (jpeg, _), place in zip(items, images, strict=True):
+        simplejpeg.decode_jpeg(jpeg, "RGB", buffer=place)
+        if random.random() < 0.5:
+            cv2.flip(place, 1, dst=place)
     return torch.from_numpy(images), torch.tensor([label for _, label in items])
 
 

@@ -243,7 +243,7 @@ def main() -> None:
             for key, turns in found.items():
                 rounds[key] += turns
         for key, own in rounds.items():
-            row = {"backbone": backbone, "batch": images, "step": key} | summary(own, rounds)
+            row = {"backbone": backbone, "batch": images, "step": key, "machine": hardware()} | summary(own, rounds)
             rows[backbone, images, key] = row
             print(json.dumps(row), flush=True)
         with tables.atomic(arguments.out) as path:
