@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from pipeline.params import Params, shown
 from pipeline.tracking import (
     TrackingError,
-    check_file,
     connect,
     fetch,
     first_of,
     need_store,
     newest_run,
+    prepare_file,
     store_client,
     store_errors,
     store_exists,
@@ -148,7 +148,7 @@ def promote(run_id: str, params: Params) -> tuple[str, str]:
         TrackingError: the store does not answer, or there is no such run, or it has no model.
     """
     need_store(f"run {run_id}")
-    check_file(written=True)
+    prepare_file(written=True)
     with store_errors():
         client, experiment = connect(params)
         run = newest_run(client, experiment, "status = 'FINISHED'") if run_id == "latest" else client.get_run(run_id)

@@ -20,7 +20,7 @@ import httpx
 import psutil
 
 from pipeline.errors import InputError
-from pipeline.tracking import artifacts_root, check_file, store_uri
+from pipeline.tracking import artifacts_root, prepare_file, store_uri
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ def mlflow_server(port: int) -> Iterator[Server]:
         ServerError: the port is taken or not for us, or it does not start.
         TrackingError: the store is a file that cannot be read.
     """
-    check_file()
+    prepare_file()
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--artifacts-destination", artifacts_root().as_uri()]
     # not by the command line, which everyone on this machine can see, and a password in it

@@ -325,7 +325,7 @@ def store_client() -> "MlflowClient":
         TrackingError: it is a server, and does not answer; or a file that cannot be read.
     """
     uri = store_uri()
-    check_file()
+    prepare_file()
     if served():
         import requests  # as MLflow does, with the certificates that it takes
 
@@ -342,13 +342,12 @@ def store_client() -> "MlflowClient":
     return _client(uri)
 
 
-def check_file(*, written: bool = False) -> None:
-    """Ask whether the store, where it is a file, may be read: MLflow would try for minutes, and print tracebacks.
-
-    The project's own moves along with it.
+def prepare_file(*, written: bool = False) -> None:
+    """See that the store, where it is a file, may be read, for MLflow would try for minutes, and print tracebacks; and
+    that the project's own has moved along with the project.
 
     Args:
-        written: ask whether it may be written, too.
+        written: it may be written, too.
 
     Raises:
         TrackingError: it may not, or is no database, or absent where none can be made.
@@ -575,7 +574,7 @@ def _said(error: Exception) -> str:
 
 
 def _begin(client: "MlflowClient", experiment: str, params: Params, tags: dict[str, str]) -> Run:
-    check_file(written=True)
+    prepare_file(written=True)
     train = params.train
     name = f"{train.backbone.name}, {train.head.summary}"
     run = Run(client, client.create_run(experiment, tags=_origin() | tags, run_name=name))
@@ -607,7 +606,7 @@ def _continue(client: "MlflowClient", run_id: str) -> Run | None:
     """The interrupted run, running again; None where the store has it no longer."""
     from mlflow.exceptions import MlflowException
 
-    check_file(written=True)
+    prepare_file(written=True)
     try:
         client.update_run(run_id, status="RUNNING")
         return Run(client, client.get_run(run_id))

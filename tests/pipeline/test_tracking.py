@@ -370,11 +370,11 @@ def test_only_what_was_the_projects_own_moves_along(
     (linked / "mlartifacts" / str(run.id)).mkdir(parents=True)
     (linked / "mlflow.db").symlink_to(moved / "mlflow.db")
     monkeypatch.chdir(linked)
-    tracking.check_file(written=True)
+    tracking.prepare_file(written=True)
     monkeypatch.chdir(moved)
-    tracking.check_file()
+    tracking.prepare_file()
     assert addresses() == [before, *places]
-    tracking.check_file(written=True)
+    tracking.prepare_file(written=True)
     assert addresses() == [now, *places]
 
 
