@@ -242,7 +242,7 @@ class Clean(Section):
     names: Annotated[str, Field(min_length=1)]
     """A file of lines `<identity> <name>`, where identities are numbers; others are their own names, if they have a
     letter."""
-    lists: list[Literal["casia-webface-lfw"]]
+    lists: list[Literal["casia-webface-lfw", "casia-webface-facescrub"]]
     """Published lists of identities that a training set shares with an evaluation set."""
     exclude: Annotated[str, Field(min_length=1)]
     """A file with columns image_id, identity, reason: what people have decided to leave out."""

@@ -62,8 +62,11 @@ class Trained:
         return cls(place.parsed(_LABELS, content, tables.LABELS), Path(params.shard.clean.names))
 
 
-def check_leaks(name: str, identities: Iterable[str], trained: Trained, leaks: Literal["refuse", "report"]) -> int:
-    """How many people of an evaluation set are trained on, by their names, compared as shard.clean.same_names does.
+def check_leaks(
+    name: str, identities: Iterable[str], trained: Trained, leaks: Literal["refuse", "report"]
+) -> int | None:
+    """How many people of an evaluation set are trained on, by their names, compared as shard.clean.same_names does;
+    None, with a warning, where nobody who is trained on has a name.
 
     Args:
         name: of the evaluation set.
@@ -78,6 +81,13 @@ def check_leaks(name: str, identities: Iterable[str], trained: Trained, leaks: L
     learnt = trained.labels.filter(pc.greater(trained.labels["train"], 0))["identity"].to_pylist()
     called = read_names(trained.names)
     known = {spelling: identity for identity in learnt for spelling in name_of(identity, called)}
+    if not known:
+        log.warning(
+            "%s: whether its people are trained on cannot be told: all %d identities that are, are numbers without a "
+            "name in %s",
+            *(name, len(set(learnt)), trained.names),
+        )
+        return None
     found = []
     for each in sorted(set(identities)):
         same = [known[spelling] for spelling in spellings(each) if spelling in known]

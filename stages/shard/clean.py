@@ -144,6 +144,13 @@ def clean(faces: Faces, evaluation: dict[str, Faces], params: Clean) -> pa.Table
     if params.same_names:
         called = read_names(Path(params.names))
         check_names(called, names.tolist(), params.names)
+        nameless = [identity for identity in names if not name_of(identity, called)]
+        if nameless:
+            log.warning(
+                "shard.clean.same_names: %d of the training set's %d identities, such as %r, are numbers without a "
+                "name in %s: whether they are people of the test sets is not known by name",
+                *(len(nameless), len(names), nameless[0], params.names),
+            )
         _drop_names(left, code, names, evaluation, called)
     if params.duplicates:
         _drop_copies(left, faces, code, evaluation, params.near_duplicates)

@@ -107,6 +107,9 @@ def test_people_who_are_trained_on_are_refused_or_told(workspace: Workspace, tmp
     assert not (tmp_path / "out").exists()
     run(*folders, EVALUATE.model_copy(update={"leaks": "report"}))
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["leaked_identities"] == 2
+    trained.names.write_text("# nobody yet\n")  # whether numbers are people of the set is not known, rather than 0
+    run(*folders, EVALUATE)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["leaked_identities"] is None
 
 
 def features_of(folder: Path, how: str) -> tuple[list[str], NDArray[np.float64]]:

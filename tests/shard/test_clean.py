@@ -350,18 +350,49 @@ def test_a_name_has_one_or_two_spellings_of_letters_and_digits_alone(name: str) 
 
 
 def test_published_lists() -> None:
-    known = faces(("a/1", "0166921", "s", 0), ("b/1", "1193098", "t", 1), ("c/1", "0166922", "u", 2), *OTHERS)
-    assert dropped(known, lists=["casia-webface-lfw"]) == {
-        "a/1": ("published_list", None, None),
-        "b/1": ("published_list", None, None),
-    }
+    # Hillary Clinton, Randy Jackson; the first and the last of FaceScrub's
+    known = faces(
+        ("a/1", "0166921", "s", 0),
+        ("b/1", "1193098", "t", 1),
+        ("c/1", "0166922", "u", 2),
+        ("d/1", "0111013", "v", 3),
+        ("e/1", "1842439", "w", 4),
+        *OTHERS,
+    )
+    listed = ("published_list", None, None)
+    assert dropped(known, lists=["casia-webface-lfw"]) == {"a/1": listed, "b/1": listed}
+    assert dropped(known, lists=["casia-webface-facescrub"]) == {"d/1": listed, "e/1": listed}
+    assert len(dropped(known, lists=["casia-webface-lfw", "casia-webface-facescrub"])) == 4
+
+
+@pytest.mark.parametrize(("name", "people"), [("casia-webface-lfw", 16), ("casia-webface-facescrub", 42)])
+def test_a_published_list_has_as_many_people_as_its_source(name: str, people: int) -> None:
+    lines = (ROOT / "stages" / "shard" / "lists" / f"{name}.txt").read_text().splitlines()
+    identities = [line for line in lines if not line.startswith("#")]
+    assert all(len(identity) == 7 and identity.isdigit() for identity in identities)
+    assert len(set(identities)) == len(identities) == people
+
+
+def test_who_has_no_name_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    known = faces(("1/1", "0042", "s", 0), ("2/1", "17", "t", 1), *OTHERS)
+    names = tmp_path / "names.txt"
+    names.write_text("0042 Al Gore\n")
+    dropped(known, same_names=True, names=str(names))
+    assert caplog.messages == [
+        "shard.clean.same_names: 1 of the training set's 4 identities, such as '17', are numbers without a name in "
+        f"{names}: whether they are people of the test sets is not known by name"
+    ]
+    caplog.clear()
+    names.write_text("0042 Al Gore\n17 Tipper Gore\n")
+    dropped(known, same_names=True, names=str(names))
+    assert caplog.messages == []
 
 
 def test_a_published_list_of_which_the_set_has_nobody_is_told(caplog: pytest.LogCaptureFixture) -> None:
     known = faces(("a/1", "166921", "s", 0), *OTHERS)
     assert dropped(known, lists=["casia-webface-lfw"]) == {}
     assert caplog.messages == [
-        "shard.clean.lists: the training set has none of the identities of casia-webface-lfw, such as '0166921'; the "
+        "shard.clean.lists: the training set has none of the identities of casia-webface-lfw, such as '0000513'; the "
         "set's are written as '166921'. If it has these people by other names, list them in "
         f"{ROOT / 'data' / 'exclude.csv'}"
     ]
