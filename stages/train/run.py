@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _FEW = 16
 """Images over which batch normalisation's statistics are poor (Wu and He, Group Normalization, ECCV 2018, Figure 1)."""
+_CONVERGED = 0.45
+"""The largest margin with which the paper's trainings converged."""
 _HERE = Path(__file__).parent
 _ASIDE = {"__init__", "__main__", "checkpoint", "export", "launch", "meter", "sheet", "validation"}
 """Modules of this folder that do not decide the weights."""
@@ -292,7 +294,10 @@ def _warn_of_bounds(classes: int, params: Params) -> None:
             least,
             classes,
         )
-    if isinstance(head, CosFace) and head.margin > (most := margin_upper_bound(classes, embedding)):
+    if not isinstance(head, CosFace):
+        return
+    most = margin_upper_bound(classes, embedding)
+    if head.margin > most:
         log.warning(
             "train.head.margin = %g is above %.3f, the most that %d centres in %d dimensions can have between them "
             "(CosFace, section 3.4)",
@@ -300,4 +305,14 @@ def _warn_of_bounds(classes: int, params: Params) -> None:
             most,
             classes,
             embedding,
+        )
+    elif classes > embedding + 1 and head.margin > _CONVERGED:
+        log.warning(
+            "train.head.margin = %g: the bound of %.3f is far out of reach for %d centres in %d dimensions; the paper's "
+            "trainings did not converge above %g (CosFace, section 4.2)",
+            head.margin,
+            most,
+            classes,
+            embedding,
+            _CONVERGED,
         )

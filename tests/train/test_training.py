@@ -725,6 +725,24 @@ def test_bounds_are_told_with_their_numbers(
 
 
 @pytest.mark.parametrize(
+    ("classes", "name", "margin", "told"),
+    [
+        (10_575, "cosface", 0.46, True),
+        (10_575, "cosface", 0.45, False),  # the largest of the paper's that converged
+        (33, "cosface", 1.0, False),  # as many as can be equally far from each other in 32 dimensions
+        (10_575, "arcface", 0.5, False),  # an angle
+    ],
+)
+def test_a_margin_at_which_the_papers_trainings_did_not_converge_is_told(
+    plain: Params, caplog: pytest.LogCaptureFixture, classes: int, name: str, margin: float, told: bool
+) -> None:
+    head = {"name": name, "scale": 64.0, "margin": margin} | ({"easy": False} if name == "arcface" else {})
+    train._warn_of_bounds(classes, changed(plain, head=head))
+    said = f"train.head.margin = {margin:g}: the bound of 1.000 is far out of reach for 10575 centres in 32 dimensions"
+    assert [message.startswith(said) for message in caplog.messages] == [True] * told
+
+
+@pytest.mark.parametrize(
     ("precision", "has", "told"),
     [("fp32", "", False), ("bf16", "", True), ("bf16", "amx_bf16", False), ("bf16", "avx512_fp16", True)],
 )
