@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import UUID
 
 import httpx
@@ -34,8 +35,10 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound
+from prefect.logging import disable_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Running
+from torch.distributed import run as torchrun
 
 from pipeline import flow, servers
 from pipeline.cli import RECIPES
@@ -81,7 +84,10 @@ class Ui:
 
 @pytest.fixture(scope="module")
 def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
-    """`cosface ui` with stores of its own, so that nothing of the user's is touched; the flows here use its server."""
+    """`cosface ui` with stores of its own, so that nothing of the user's is touched; the flows here use its server.
+
+    In the end Ctrl-C ends it, and all that it has started.
+    """
     folder = tmp_path_factory.mktemp("ui")
     env = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     ports = [servers.free_port(), servers.free_port()]
@@ -94,11 +100,17 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
         text=True,
     )
     assert process.stdout is not None
-    said = [process.stdout.readline() for _ in range(3)]
-    assert all(said), "cosface ui has not started what it shows"
-    yield Ui(folder, process, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", said)
-    process.terminate()
-    process.wait(timeout=30)
+    try:
+        said = [process.stdout.readline() for _ in range(3)]
+        assert all(said), "cosface ui has not started what it shows"
+        yield Ui(folder, process, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", said)
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert len(below) >= 2
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+        assert_gone(below)
+    finally:
+        process.kill()
 
 
 @pytest.fixture
@@ -246,8 +258,27 @@ def test_nothing_outlives_a_flow_and_one_that_was_killed_does_not_run_for_ever(
     assert_gone(group)
 
 
-def test_a_training_may_take_all_the_time_to_end_that_it_is_granted() -> None:
-    assert flow.STAGE_SECONDS > launch._PATIENCE
+def test_a_training_may_take_all_the_time_to_end_that_it_is_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks another to end waits for longer than that one does in turn: torchrun, the flow, the schedule."""
+    granted: list[float] = []
+
+    @contextmanager
+    def noted(*_: object, grace: float = servers.GRACE_SECONDS, **__: object) -> Iterator[SimpleNamespace]:
+        granted.append(grace)
+        yield SimpleNamespace(stdout=[], wait=lambda: 0)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which a launch would set
+    monkeypatch.setattr(torchrun, "run", lambda arguments: granted.append(arguments.shutdown_timeout))
+    monkeypatch.setattr(flow, "process_group", noted)
+    monkeypatch.setattr(flow, "_changed", lambda _: True)
+    monkeypatch.setattr(flow, "_pause", lambda _: None)
+    launch.launch(2, "stages.train")
+    with disable_run_logger():
+        flow.reproduce("train")
+    with pytest.raises(FlowError, match="ended by itself"):
+        flow.serve("0 3 * * 0", "UTC", NOBODY)
+    assert len(granted) == 3
+    assert launch._PATIENCE == granted[0] < granted[1] < granted[2]
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
@@ -460,14 +491,9 @@ def test_a_server_keeps_its_store_to_itself(ui: Ui) -> None:
     assert str(path) not in "\n".join(lines)
 
 
-def test_the_ui_shows_both_until_it_is_ended(ui: Ui) -> None:
+def test_the_ui_shows_both(ui: Ui) -> None:
     assert [line.split()[0] for line in ui.said] == ["MLflow", "Prefect", "Ctrl-C"]
     assert ui.mlflow in ui.said[0]
     assert ui.prefect in ui.said[1]
     assert "<title>MLflow</title>" in httpx.get(ui.mlflow).text
     assert "Prefect" in httpx.get(ui.prefect, follow_redirects=True).text
-    below = psutil.Process(ui.process.pid).children(recursive=True)
-    assert len(below) >= 2
-    ui.process.send_signal(signal.SIGINT)
-    assert ui.process.wait(timeout=60) == 0
-    assert_gone(below)

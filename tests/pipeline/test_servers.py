@@ -54,19 +54,33 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("grace", "saved"), [(30, True), (1, False)])
-def test_a_group_has_its_grace_to_end_in(folder: Path, grace: int, saved: bool) -> None:
-    with process_group(slow(2), dict(os.environ), grace=grace):
+@pytest.fixture
+def slept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in which the shell that ends a group notes the seconds it would have slept, each time; it does not."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "sleep").write_text(f"#!/bin/sh\necho $1 >> {folder}/slept\n")
+    (folder / "bin" / "sleep").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    return folder / "slept"
+
+
+def test_a_group_has_time_to_end(folder: Path) -> None:
+    with process_group(slow(2), dict(os.environ), grace=300):
         assert appears(folder / "ready")
     assert (folder / "asked").read_text() == "once "
-    assert (folder / "saved").exists() == saved
+    assert (folder / "saved").exists()
 
 
-def test_a_group_that_has_ended_costs_no_time(folder: Path) -> None:
-    begun = time.monotonic()
-    with process_group(["true"], dict(os.environ), grace=300) as process:
-        process.wait()
-    assert time.monotonic() - begun < 10
+def test_a_group_that_does_not_end_is_ended_when_its_grace_is_over(folder: Path, slept: Path) -> None:
+    with process_group(slow(300), dict(os.environ), grace=7):
+        assert appears(folder / "ready")
+    assert sum(map(float, slept.read_text().split())) == pytest.approx(7)
+    assert not (folder / "saved").exists()
+
+
+def test_a_group_that_has_ended_is_not_waited_for(slept: Path) -> None:
+    subprocess.run(held(["true"], 6000), check=True, timeout=120)
+    assert not slept.exists()
 
 
 def test_ctrl_c_waits_and_a_second_one_does_not(folder: Path) -> None:
@@ -75,10 +89,8 @@ def test_ctrl_c_waits_and_a_second_one_does_not(folder: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
     assert process.stderr.readline() == ("waiting, 300 s at most, for what runs here to end; Ctrl-C ends it at once\n")
-    begun = time.monotonic()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert time.monotonic() - begun < 30
+    process.communicate(timeout=60)  # long before what runs has saved what it has
     assert not (folder / "saved").exists()
 
 
