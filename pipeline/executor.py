@@ -107,7 +107,7 @@ def memory() -> int:
     return memory_limit()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # for the last number alone: a Dask worker serves one run after another
 def prepare_worker(threads: int) -> None:
     """Give this process so many threads, and let it keep its memory."""
     import cv2

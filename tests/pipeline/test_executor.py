@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,9 +38,10 @@ def test_results_in_order_from_workers_of_so_many_threads(monkeypatch: pytest.Mo
     assert results == [(i * i, 2) for i in range(9)]
 
 
-def test_workers_share_the_gpus_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_share_the_gpus_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three; they are numbered, and take them by turns."""
-    assert set(run_all(which, [(i,) for i in range(4)], machine=machine(), label="asking", unit="answers")) == {0, 1}
+    tasks = [(str(tmp_path), i) for i in range(4)]
+    assert set(run_all(which, tasks, machine=machine(), label="asking", unit="answers")) == {0, 1}
 
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -274,6 +275,31 @@ def test_a_cluster_that_cannot_do_the_work_is_refused(
         )
 
 
+class Cluster:
+    """As much of Dask's client as is asked about workers: the first has this machine's files, the second others."""
+
+    def __init__(self, files: Path) -> None:
+        self._roots = {"tcp://10.0.0.1:1": "", "tcp://10.0.0.2:1": str(files)}
+
+    def scheduler_info(self, n_workers: int) -> dict[str, Any]:
+        return {"workers": {address: {"memory_limit": 2**30} for address in self._roots}}
+
+    def run(self, function: Callable[..., Any], *paths: str) -> dict[str, Any]:
+        return {address: function(*(root + path for path in paths)) for address, root in self._roots.items()}
+
+
+def test_a_worker_that_has_other_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    there = rf"the Dask worker tcp://10\.0\.0\.2:1 does not see {tmp_path}/project: it must be shared"
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match=there):
+        executor._check_workers(Cluster(tmp_path / "other"), machine())
+    (tmp_path / "same").symlink_to("/")
+    executor._check_workers(Cluster(tmp_path / "same"), machine())
+    assert not list(Path.cwd().iterdir())
+
+
 def test_a_scheduler_s_address_is_of_a_protocol_that_dask_has() -> None:
     for protocol in ("tcp", "tls", "ws", "wss"):
         assert distributed.comm.registry.backends[protocol].get_connector()
@@ -332,7 +358,9 @@ def test_a_cluster_behind_tls_by_dask_s_own_configuration(
     ):
         assert address.startswith("tls://")
         where = machine(executor=address)
-        assert run_all(square, [(3,)], machine=where, label="squaring", unit="numbers") == [(9, 1)]
+        for threads in (1, 2, 1):  # a worker outlives the runs that it works for
+            run_of = where.model_copy(update={"threads": threads})
+            assert run_all(square, [(3,)], machine=run_of, label="squaring", unit="numbers") == [(9, threads)]
         killed = killer.submit(kill, process)
         gone = rf"the Dask scheduler at {address} is gone; start it again and run again"
         with pytest.raises(InputError, match=gone):
