@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = clone(tmp_path_factory.mktemp("first"))
     assert stages_run(call(folder, "dvc", "repro")) == DATA_STAGES | MODEL_STAGES
     return folder
+
+
+@pytest.fixture
+def editable(project: Path) -> Iterator[Path]:
+    """The project, for a test that edits these files of it; afterwards they are as they were."""
+    files = [project / name for name in ("params.yaml", "data/exclude.csv", "stages/train/loop.py")]
+    before = [file.read_bytes() for file in files]
+    yield project
+    for file, content in zip(files, before, strict=True):
+        file.write_bytes(content)
 
 
 def test_every_output_is_there(project: Path) -> None:
@@ -198,38 +209,38 @@ def test_killed_and_in_another_folder_it_ends_in_the_same_hashes(project: Path, 
     assert max(path.name for path in kept.glob("iteration-????????.pt")) == "iteration-00000024.pt"
 
 
-def test_only_what_changed_is_run_again(project: Path) -> None:
-    assert not stages_run(call(project, "dvc", "repro"))
+def test_only_what_changed_is_run_again(editable: Path) -> None:
+    assert not stages_run(call(editable, "dvc", "repro"))
 
-    code = project / "stages" / "train" / "loop.py"
-    code.write_text(code.read_text() + "# a changed line\n")
-    again = stages_run(call(project, "dvc", "repro", "--dry"))
+    code = editable / "stages" / "train" / "loop.py"
+    before = code.read_text()
+    code.write_text(before + "# a changed line\n")
+    again = stages_run(call(editable, "dvc", "repro", "--dry"))
     assert "train" in again
     assert again <= MODEL_STAGES
-    call(project, "git", "checkout", "-q", "stages")
+    code.write_text(before)
 
-    change(project, {"train.head": {"margin": 0.2}})
-    again = stages_run(call(project, "dvc", "repro", "--dry"))
+    change(editable, {"train.head": {"margin": 0.2}})
+    again = stages_run(call(editable, "dvc", "repro", "--dry"))
     assert "train" in again
     assert again <= MODEL_STAGES
-    assert "train.head.margin" in call(project, "dvc", "params", "diff")
-    change(project, {"train.head": {"margin": 0.35}})
+    assert "train.head.margin" in call(editable, "dvc", "params", "diff")
 
 
-def test_a_stage_that_refuses_leaves_what_was_there(project: Path) -> None:
-    made = {path: path.read_bytes() for name in ("data/shards", "models") for path in (project / name).iterdir()}
+def test_a_stage_that_refuses_leaves_what_was_there(editable: Path) -> None:
+    made = {path: path.read_bytes() for name in ("data/shards", "models") for path in (editable / name).iterdir()}
     assert {path.name for path in made} >= {"index.json", "labels.parquet", "backbone.safetensors", "model.json"}
     for file, old, new, stage in (
         ("data/exclude.csv", "image_id,", "image_id;", "shard"),
         ("params.yaml", "  batch: 16 ", "  batch: 5000 ", "train"),
     ):
-        content = (project / file).read_text()
+        content = (editable / file).read_text()
         assert old in content
-        (project / file).write_text(content.replace(old, new, 1))
-        output = call(project, "dvc", "repro", "--single-item", stage, expect=255)
+        (editable / file).write_text(content.replace(old, new, 1))
+        output = call(editable, "dvc", "repro", "--single-item", stage, expect=255)
         assert f"Running stage '{stage}'" in output
         assert {path: path.read_bytes() for path in made if path.exists()} == made
-        (project / file).write_text(content)
+        (editable / file).write_text(content)
 
 
 def test_bad_parameters_stop_the_graph_with_one_message(tmp_path: Path) -> None:
