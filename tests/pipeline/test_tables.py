@@ -10,6 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import InputError
 from pipeline.tables import (
@@ -21,6 +23,7 @@ from pipeline.tables import (
     made_by,
     part_path,
     parts,
+    read_images,
     read_parts,
     read_table,
     resumable,
@@ -39,6 +42,21 @@ def test_parts_come_back_in_order_and_whole(tmp_path: Path) -> None:
         write_table(part_path(tmp_path, index), table(10 * index, 10), EXAMPLES)
     assert read_parts(tmp_path, EXAMPLES)["label"].to_pylist() == list(range(30))
     assert read_parts(tmp_path, EXAMPLES, ["label"]).column_names == ["label"]
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of 20 rows, in parts of 7, 1 and 12."""
+    folder = tmp_path_factory.mktemp("table")
+    for index, (start, count) in enumerate(((0, 7), (7, 1), (8, 12))):
+        write_table(part_path(folder, index), table(start, count), EXAMPLES)
+    return folder
+
+
+@given(st.lists(st.integers(0, 19), max_size=8))
+def test_images_of_some_rows_are_those_of_the_whole_table(in_parts: Path, numbers: list[int]) -> None:
+    whole = [row["image"] for row in table(0, 20).to_pylist()]
+    assert read_images(in_parts, EXAMPLES, numbers) == {number: whole[number] for number in numbers}
 
 
 def test_same_table_same_bytes_and_images_uncompressed(tmp_path: Path) -> None:
