@@ -22,6 +22,11 @@ class Host(ThreadingHTTPServer):
         """Sent with every file, such as an ETag."""
         self.drops: list[int] = []
         """After how many bytes each of the next answers breaks off."""
+        self.stalls: list[int] = []
+        """After how many bytes each of the next answers falls silent, the connection open, until it is `over`."""
+        self.over = threading.Event()
+        self.silences: list[bool] = []
+        """Of answers that fell silent and have ended: whether it was over, or a minute had passed."""
         self.statuses: list[int] = []
         """What the next answers are instead of a file."""
         self.retry_after: str | None = None
@@ -81,6 +86,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if host.stalls:
+            self.wfile.write(body[: host.stalls.pop(0)])
+            host.silences.append(host.over.wait(60))
+            return
         self.wfile.write(body[: host.drops.pop(0)] if host.drops else body)  # the connection closes when we return
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -93,4 +102,5 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     with Host() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
+        server.over.set()
         server.shutdown()

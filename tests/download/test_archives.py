@@ -1,4 +1,5 @@
 import io
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -184,11 +185,12 @@ def test_a_folder_is_read_in_sorted_order_without_following_links(tmp_path: Path
 def test_a_folders_digest_changes_with_its_content(tmp_path: Path) -> None:
     image = tmp_path / "a" / "1.jpg"
     image.parent.mkdir()
-    image.write_bytes(b"one")
-    digests = [folder_digest(tmp_path), folder_digest(tmp_path)]
-    image.write_bytes(b"three")
-    digests.append(folder_digest(tmp_path))
+    digests: list[str] = []
+    for content, written in ((b"one", 1), (b"one", 1), (b"two", 2), (b"three", 2)):
+        image.write_bytes(content)
+        os.utime(image, (written, written))
+        digests.append(folder_digest(tmp_path))
     image.rename(tmp_path / "a" / "2.jpg")
     digests.append(folder_digest(tmp_path))
     assert digests[0] == digests[1]
-    assert len(set(digests)) == 3
+    assert len(set(digests)) == 4

@@ -60,6 +60,16 @@ def test_a_dropped_connection_is_resumed(host: Any, tmp_path: Path, headers: dic
     assert host.requests[1][2] == strong
 
 
+def test_a_host_that_falls_silent_is_left_and_asked_for_the_rest(
+    host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "TIMEOUT", 1.0)
+    host.files["a.zip"], host.stalls = CONTENT, [1_234_567]
+    assert download(host.address("a.zip"), KEY, tmp_path).read_bytes() == CONTENT
+    assert not host.silences  # it is silent still
+    assert ranges(host) == [None, "bytes=1234567-"]
+
+
 def test_drops_with_progress_between_them_are_not_counted(host: Any, tmp_path: Path) -> None:
     host.files["a.zip"], host.drops = CONTENT, [100_000] * (3 * fetch.ATTEMPTS)
     assert download(host.address("a.zip"), KEY, tmp_path).read_bytes() == CONTENT
