@@ -476,18 +476,26 @@ def test_a_photograph_decoded_at_half_its_size_has_its_face_in_its_own_pixels(
     assert np.corrcoef(faces[0].ravel(), faces[1].ravel())[0, 1] > 0.95
 
 
-@given(st.integers(50, 9000), st.integers(50, 9000), st.integers(12, 600), st.floats(0, 1), st.integers(112, 4096))
+@given(
+    st.integers(50, 9000),
+    st.integers(50, 9000),
+    st.integers(12, 600),
+    st.floats(0, 1),
+    st.integers(112, 4096),
+    st.lists(st.sampled_from(["smaller", "rotated", "equalised"]), unique=True),
+)
 def test_no_photograph_is_reduced_below_what_detection_and_the_smallest_face_need(
-    height: int, width: int, min_face: int, share: float, max_side: int
+    height: int, width: int, min_face: int, share: float, max_side: int, looks: list[str]
 ) -> None:
     update = {"min_face": min_face, "min_face_share": share, "max_side": max_side}
-    by = reduction(height, width, PARAMS.model_copy(update={"detector": PARAMS.detector.model_copy(update=update)}))
+    detector = PARAMS.detector.model_copy(update=update)
+    by = reduction(height, width, PARAMS.model_copy(update={"detector": detector, "looks": looks}))
     assert by in (1, 2, 4, 8)
     if by > 1:
         assert max(height, width) / by >= max_side
         # in pixels of the photograph: what detection calls min_face there, or the share of its shorter side
         smallest = max(min_face * max(height, width) / max_side, share * min(height, width))
-        assert smallest / by >= 112
+        assert (smallest / 2 if "smaller" in looks else smallest) / by >= 112
 
 
 def test_an_absent_raw_table_is_one_clear_error(tmp_path: Path) -> None:

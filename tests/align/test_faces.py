@@ -84,6 +84,15 @@ def test_a_further_look_finds_what_the_first_does_not(image: np.ndarray, look: s
     assert not len(one(image, looks=others).faces.scores)
 
 
+def test_a_look_for_smaller_faces_halves_the_share_that_they_have_at_least() -> None:
+    """Hers is a quarter of the photograph wide."""
+    half = {"min_face": 12, "min_face_share": 0.5}
+    assert not len(one(small_face(), detector=half).faces.scores)
+    found = one(small_face(), detector=half, looks=["smaller"])
+    assert found.look == "smaller"
+    assert len(found.faces.scores) == 1
+
+
 @pytest.mark.parametrize("turns", [1, 3])
 def test_a_face_found_turned_is_where_it_is_in_the_photograph(turns: int) -> None:
     """Against the face of the upright photograph, its points turned by hand."""

@@ -1,5 +1,6 @@
 """The page, the metrics and the list of rejections against numbers made by hand or by scikit-image."""
 
+import base64
 import csv
 import hashlib
 import json
@@ -12,8 +13,10 @@ import pyarrow as pa
 import pytest
 import skimage.transform
 
+import stages.align.page
 from pipeline import tables
 from pipeline.params import Align, load_params
+from stages.align.decode import decode
 from stages.align.page import write_page
 from stages.align.warp import TEMPLATE
 from tests.conftest import ROOT
@@ -74,6 +77,19 @@ ROWS = [
 ]
 
 
+def residuals(points: np.ndarray) -> list[float]:
+    """Of landmarks (n, 5, 2), by scikit-image."""
+    found = []
+    for own in points.astype(np.float64):
+        transform = skimage.transform.SimilarityTransform.from_estimate(own, TEMPLATE)
+        found.append(np.sqrt(((transform(own) - TEMPLATE) ** 2).sum(axis=1).mean()))
+    return found
+
+
+def section(page: str, title: str) -> str:
+    return page.split(title)[1].split("</section>")[0]
+
+
 def test_the_numbers_are_those_of_the_rows(tmp_path: Path) -> None:
     metrics, _ = made(tmp_path, ROWS)
     counts = ("images", "detected", "fallback", "no_face", "unreadable", "several_faces")
@@ -82,13 +98,10 @@ def test_the_numbers_are_those_of_the_rows(tmp_path: Path) -> None:
     assert metrics["detected_share"] == pytest.approx(38 / 41, abs=1e-6)
     assert metrics["score"]["median"] == pytest.approx(0.9 + 18.5 / 1000, abs=1e-4)
     assert metrics["face_size"]["median"] == pytest.approx(40 + 18.5)
-    residuals = []
-    for points in LANDMARKS[:38].astype(np.float64):
-        transform = skimage.transform.SimilarityTransform.from_estimate(points, TEMPLATE)
-        residuals.append(np.sqrt(((transform(points) - TEMPLATE) ** 2).sum(axis=1).mean()))
-    for name, value in (("median", np.median(residuals)), ("p95", np.quantile(residuals, 0.95))):
+    expected = residuals(LANDMARKS[:38])
+    for name, value in (("median", np.median(expected)), ("p95", np.quantile(expected, 0.95))):
         assert metrics["residual"][name] == pytest.approx(value, abs=1e-3)
-    assert metrics["residual"]["max"] == pytest.approx(max(residuals), abs=1e-3)
+    assert metrics["residual"]["max"] == pytest.approx(max(expected), abs=1e-3)
 
 
 def test_every_rejection_is_listed(tmp_path: Path) -> None:
@@ -107,13 +120,40 @@ def test_the_page_shows_each_kind_and_opens_offline(tmp_path: Path) -> None:
     for title in ("A sample", "Lowest scores", "Farthest", "Possible wrong picks", "Found by a later look", "No face"):
         assert title in page
     assert "92.68%" in page  # 38 of 41
-    assert "p/36" in page.split("Possible wrong picks")[1].split("</section>")[0]
+    assert "p/36" in section(page, "Possible wrong picks")
     assert "rotated, 0.937" in page
     assert "<b>bold" not in page
     assert "<script" not in page
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
-    lowest = page.split("Lowest scores")[1].split("</section>")[0]
-    assert re.findall(r"<b>([\d.]+)</b>", lowest)[:3] == ["0.900", "0.901", "0.902"]
+    assert re.findall(r"<b>([\d.]+)</b>", section(page, "Lowest scores"))[:3] == ["0.900", "0.901", "0.902"]
+    farthest = [float(value) for value in re.findall(r"<b>([\d.]+) px</b>", section(page, "Farthest"))]
+    assert farthest == pytest.approx(sorted(residuals(LANDMARKS[:38]), reverse=True)[:30], abs=0.051)
+
+
+def test_of_several_faces_the_page_shows_first_where_another_is_largest_beside_the_chosen_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chosen one green, the others red."""
+    monkeypatch.setattr(stages.align.page, "_charts", lambda *_: {})  # they take their time
+
+    def square(left: float, side: float) -> list[float]:
+        return [left, left, left + side - 1, left + side - 1]
+
+    rows = [
+        detected(0, box=square(5, 80), faces=2, others=square(60, 40)),  # a quarter of its area
+        detected(1),
+        detected(2, box=square(5, 40), faces=3, others=square(90, 10) + square(50, 50)),  # more
+        detected(3, box=square(5, 80), faces=2, others=square(40, 70)),  # the largest of all, but less beside it
+        {"status": "no_face", "faces": 0},
+    ]
+    shown = section(made(tmp_path, rows)[1], "Possible wrong picks")
+    assert re.findall(r'title="([^"]+)"', shown) == ["p/2", "p/3", "p/0"]
+    first = decode(base64.b64decode(re.findall(r"base64,([^\"]+)", shown)[0])).astype(int)
+    assert first.shape == (160, 160, 3)
+    for left, side, mine, other in ((5, 40, 1, 0), (50, 50, 0, 1)):
+        row, start, end = (round(at * 160 / 112) for at in (left, left, left + side - 1))
+        edge = first[row, start:end].mean(axis=0)
+        assert edge[mine] > edge[other] + 60
 
 
 def test_the_same_table_gives_the_same_page(tmp_path: Path) -> None:
