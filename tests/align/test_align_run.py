@@ -164,22 +164,24 @@ def test_of_several_faces_the_one_nearest_the_centre_is_taken(aligned: Path) -> 
 
 
 def test_a_face_is_warped_as_scikit_image_warps_it_to_the_published_template(aligned: Path) -> None:
-    """By landmarks that another implementation found, in floating point, without JPEG: grey levels agree to 2 of 255 in
-    the mean, and to 10 but for one pixel in a hundred. A quarter of a pixel aside would be 2.5 in the mean.
+    """By landmarks that another implementation found, in floating point, and kept as Pillow keeps a JPEG: each channel
+    agrees to 2 of 255 in the mean, and to 10 but for one pixel in a hundred. A quarter of a pixel aside would be 2.5 in
+    the mean.
     """
     peer = next(r for r in PEERS["recordings"] if r["scene"] == "whole" and r["min_face"] == 40)
-    face = decode(rows(aligned)["a/whole"]["image"]).astype(float).mean(axis=2)
+    face = decode(rows(aligned)["a/whole"]["image"]).astype(float)
 
     def difference(right: float) -> NDArray[np.float64]:
         transform = skimage.transform.SimilarityTransform.from_estimate(
             np.array(peer["landmarks"][0]), np.add(PUBLISHED, (8 + right, 0))
         )
         expected = skimage.transform.warp(SCENES["whole"] / 255.0, transform.inverse, output_shape=(112, 112), order=1)
-        return np.abs(face - 255 * expected.mean(axis=2))
+        kept = encoded((255 * expected).round().astype(np.uint8), "JPEG", quality=95, subsampling="4:2:0")
+        return np.abs(face - np.asarray(Image.open(io.BytesIO(kept)), float))
 
-    assert difference(0).mean() < 2
-    assert np.quantile(difference(0), 0.99) < 10
-    assert difference(0.25).mean() > 2.5
+    assert difference(0).mean(axis=(0, 1)).max() < 2
+    assert np.quantile(difference(0), 0.99, axis=(0, 1)).max() < 10
+    assert difference(0.25).mean(axis=(0, 1)).min() > 2.5
 
 
 @pytest.mark.parametrize("name", ["b/grey", "b/cmyk", "c/rotated"])
@@ -187,9 +189,11 @@ def test_other_encodings_give_the_same_face(aligned: Path, name: str) -> None:
     """Grey or slightly other colours move a landmark by a pixel or so of the 86 that the face is wide."""
     same, other = rows(aligned)["a/whole"], rows(aligned)[name]
     assert np.abs(np.subtract(other["landmarks"], same["landmarks"])).max() < 4
-    faces = [decode(row["image"]).astype(float).mean(axis=2) for row in (same, other)]
-    assert [face.shape for face in faces] == [(112, 112)] * 2
-    assert np.corrcoef(faces[0].ravel(), faces[1].ravel())[0, 1] > 0.95
+    faces = [decode(row["image"]).astype(float) for row in (same, other)]
+    assert [face.shape for face in faces] == [(112, 112, 3)] * 2
+    assert np.corrcoef(*(face.mean(axis=2).ravel() for face in faces))[0, 1] > 0.95
+    if name != "b/grey":  # what a JPEG loses; with red and blue exchanged it would be ten times as much
+        assert np.abs(faces[0] - faces[1]).mean(axis=(0, 1)).max() < 5
 
 
 def test_two_workers_write_the_same_bytes_though_another_was_killed(
@@ -472,8 +476,9 @@ def test_a_photograph_decoded_at_half_its_size_has_its_face_in_its_own_pixels(
     # the face is 258 pixels wide
     np.testing.assert_allclose(found["half"]["landmarks"], found["whole"]["landmarks"], atol=258 * 0.03)
     np.testing.assert_allclose(found["half"]["box"], found["whole"]["box"], atol=258 * 0.06)
-    faces = [decode(row["image"]).astype(float).mean(axis=2) for row in found.values()]
-    assert np.corrcoef(faces[0].ravel(), faces[1].ravel())[0, 1] > 0.95
+    faces = [decode(row["image"]).astype(float) for row in found.values()]
+    assert np.corrcoef(*(face.mean(axis=2).ravel() for face in faces))[0, 1] > 0.95
+    np.testing.assert_allclose(*(face.mean(axis=(0, 1)) for face in faces), atol=5)  # red is 50 above blue
 
 
 @given(
