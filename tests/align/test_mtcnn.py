@@ -1,9 +1,11 @@
-"""The cascade against recordings of two other implementations, see record.py."""
+"""The cascade against recordings of two other implementations, see record.py, and against its steps written out."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline import params
 from stages.align import mtcnn
+from stages.align.area import shrunk
 from stages.align.mtcnn import Detector, Faces
 from tests.align.scenes import scenes
 from tests.conftest import on_gpu
@@ -75,6 +78,83 @@ def test_finds_the_faces_that_facenet_pytorch_finds(recording: dict[str, Any]) -
     assert (distance < 1 + 0.02 * width).all()
     assert (np.abs(boxes - np.array(recording["boxes"])).max(axis=1) < 1 + 0.05 * width).all()
     np.testing.assert_allclose(scores, recording["scores"], atol=0.01)
+
+
+def best(boxes: NDArray[np.float64], scores: NDArray[np.float32], most: float, *, of_smaller: bool) -> list[int]:
+    """Greedy suppression, one box after the other; of equal scores the last counts as better."""
+    left = sorted(range(len(scores)), key=lambda i: (scores[i], i), reverse=True)
+    kept: list[int] = []
+    while left:
+        kept.append(left[0])
+        low, high = np.maximum(boxes[left[0], :2], boxes[left, :2]), np.minimum(boxes[left[0], 2:], boxes[left, 2:])
+        both = np.clip(high - low + 1, 0, None).prod(axis=1)
+        areas = (boxes[left, 2:] - boxes[left, :2] + 1).prod(axis=1)
+        all_of = np.minimum(areas, areas[0]) if of_smaller else areas + areas[0] - both
+        left = [i for i, share in zip(left[1:], (both / all_of)[1:], strict=True) if share <= most]
+    return kept
+
+
+def squares(boxes: NDArray[np.float64], offsets: NDArray[np.float32], pixel: int) -> NDArray[np.float64]:
+    """Boxes moved by what a network says, made square; `pixel` is what a box is wider than the way between corners."""
+    moved = boxes + offsets * np.tile(boxes[:, 2:] - boxes[:, :2] + pixel, 2)
+    sides = (moved[:, 2:] - moved[:, :2]).max(axis=1, keepdims=True)
+    corners = (moved[:, :2] + moved[:, 2:] - sides) / 2
+    return np.trunc(np.hstack([corners, corners + sides]))
+
+
+def looked_at(net: torch.nn.Module, side: int, image: NDArray[np.uint8], boxes: NDArray[np.float64]) -> Any:
+    """What R-Net or O-Net says of squares: scores and outputs."""
+    wide = np.pad(image, ((1000, 1000), (1000, 1000), (0, 0))).astype(np.float32)
+    crops = [wide[999 + y : 1000 + b, 999 + x : 1000 + r] for x, y, r, b in boxes.astype(int).tolist()]
+    small = np.stack([cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA) for crop in crops])
+    out = net(torch.from_numpy((small - 127.5) / 128).permute(0, 3, 1, 2)).flatten(1)
+    return torch.softmax(out[:, -2:], dim=1)[:, 1].numpy(), out[:, :-2].numpy()
+
+
+@torch.inference_mode()
+def cascade(image: NDArray[np.uint8], by: params.Detector) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Boxes, scores and landmarks as the authors' release has them from its networks, step by step in float64."""
+    networks = Detector(by, "cpu")
+    shorter, scale = min(image.shape[:2]), 12 / by.min_face
+    levels = []
+    while shorter * scale >= 12:
+        height, width = (math.ceil(side * scale) for side in image.shape[:2])
+        (small,) = shrunk(image, [(height, width)])
+        out, likely = (maps[0].numpy() for maps in networks._pnet_maps(small[None], np.array([(height, width)])))
+        y, x = np.nonzero(likely >= by.thresholds[0])
+        boxes = np.trunc(np.stack([2 * x + 1, 2 * y + 1, 2 * x + 12, 2 * y + 12], axis=1) / scale)
+        kept = best(boxes, likely[y, x], by.overlaps[0], of_smaller=False)
+        levels.append((boxes[kept], likely[y, x][kept], out[:4, y, x].T[kept]))
+        scale *= by.factor
+    boxes, scores, outputs = (np.concatenate(parts) for parts in zip(*levels, strict=True))
+    kept = best(boxes, scores, by.overlaps[1], of_smaller=False)
+    boxes = squares(boxes[kept], outputs[kept], 0)
+
+    scores, outputs = looked_at(networks._rnet, 24, image, boxes)
+    boxes, scores, outputs = (each[scores > by.thresholds[1]] for each in (boxes, scores, outputs))
+    kept = best(boxes, scores, by.overlaps[2], of_smaller=False)
+    boxes = squares(boxes[kept], outputs[kept], 1)
+
+    scores, outputs = looked_at(networks._onet, 48, image, boxes)
+    boxes, scores, outputs = (each[scores > by.thresholds[2]] for each in (boxes, scores, outputs))
+    extent = boxes[:, 2:] - boxes[:, :2] + 1
+    landmarks = boxes[:, None, :2] - 1 + np.stack([outputs[:, 4:9], outputs[:, 9:]], axis=2) * extent[:, None]
+    boxes = boxes + outputs[:, :4] * np.tile(extent, 2)
+    kept = best(boxes, scores, by.overlaps[3], of_smaller=True)
+    return boxes[kept], scores[kept], landmarks[kept]
+
+
+@pytest.mark.parametrize("factor", [0.6, 0.75])
+def test_each_setting_is_that_of_its_step(factor: float) -> None:
+    """With thresholds that let much pass, so that each decides about something, and all of them different."""
+    update = {"thresholds": (0.5, 0.3, 0.1), "overlaps": (0.45, 0.65, 0.55, 0.35), "factor": factor}
+    by = settings().model_copy(update=update)
+    boxes, scores, landmarks = cascade(SCENES["a group"], by)
+    assert len(boxes) > 0
+    (faces,) = Detector(by, "cpu").detect([SCENES["a group"]])
+    np.testing.assert_allclose(faces.boxes, boxes, atol=1e-2)
+    np.testing.assert_allclose(faces.scores, scores, atol=1e-4)
+    np.testing.assert_allclose(faces.landmarks, landmarks, atol=1e-2)
 
 
 def bits(faces: Faces) -> tuple[bytes, bytes, bytes]:
