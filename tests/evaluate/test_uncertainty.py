@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from stages.evaluate.uncertainty import Intervals, People, compare, intervals, mcnemar, people
@@ -119,10 +119,14 @@ def test_the_seed_decides() -> None:
 
 @pytest.mark.parametrize("over", ["identities", "pairs"])
 def test_of_independent_pairs_the_width_is_that_of_the_textbook(over: str) -> None:
-    """AUC by Hanley and McNeil's variance for given placements (DeLong); TAR by the binomial distribution."""
+    """AUC by Hanley and McNeil's variance for given placements (DeLong); accuracy by the binomial distribution; TAR and
+    EER by those of both rates and, as the threshold is of the same pairs, by the scores' densities where it lies.
+    """
     pairs = apart(1000)
     _, _, same, fold = pairs
-    score = scores(pairs, 3, 0.0, 0.3)
+    of_same, of_different = norm(0.55, 0.3), norm(0, 0.3)
+    score, random, chances = np.empty(1000), np.random.default_rng(3), (np.arange(500) + 0.5) / 500
+    score[same], score[~same] = (kind.ppf(random.permutation(chances)) for kind in (of_same, of_different))
     found = intervals(
         Verification(score, same, fold, [0.1]), known(pairs) if over == "identities" else None, replicates=600
     )
@@ -132,6 +136,12 @@ def test_of_independent_pairs_the_width_is_that_of_the_textbook(over: str) -> No
     threshold = evaluate(score, same, fold, FARS).threshold
     right = (score >= threshold) == same
     assert width(found, "accuracy") == pytest.approx(2 * 1.96 * right.std() / math.sqrt(len(same)), rel=0.2)
+    at = of_different.isf(0.1)
+    tar, ratio = of_same.sf(at), of_same.pdf(at) / of_different.pdf(at)
+    variance = (tar * (1 - tar) + ratio**2 * 0.1 * 0.9) / 500
+    assert width(found, "tar_at_far_0.1") == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.2)
+    eer = of_different.sf(0.55 / 2)  # there both densities are the same, so that it is the mean of two rates
+    assert width(found, "eer") == pytest.approx(2 * 1.96 * math.sqrt(eer * (1 - eer) / 500 / 2), rel=0.2)
 
 
 def test_dependent_pairs_are_covered_as_often_as_is_said() -> None:
