@@ -1,5 +1,7 @@
+import base64
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,19 @@ def embedded(vectors: np.ndarray, code: list[int], prefix: str = "p") -> Embedde
     return Embedded([f"{prefix}/{i}" for i in range(len(code))], names, np.array(code), units.astype(np.float16))
 
 
+def typical(known: Embedded, rows: range) -> str:
+    """Of an identity's images: the nearest to their centre, by float64 arithmetic."""
+    units = known.vectors[rows].astype(np.float64)
+    return known.image_id[rows[int(np.argmax(units @ units.sum(axis=0)))]]
+
+
+@pytest.fixture(params=[audit._BLOCK, 3])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many vectors are looked at together."""
+    monkeypatch.setattr(audit, "_BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("block")
 def test_a_wrong_label_stands_out() -> None:
     """Two people along two axes; the last image of the first is the other's."""
     rng = np.random.default_rng(0)
@@ -30,7 +45,11 @@ def test_a_wrong_label_stands_out() -> None:
     known = embedded(vectors, [0] * 5 + [1] * 5 + [2])
     (found,) = suspected_labels(known, *known.centres(), margin=0.3)
     assert (found.image_id, found.identity) == ("p/4", "p0")
-    assert found.pictures[0][1] == "p/4"
+    assert found.pictures == [
+        ("train", "p/4", "p/4"),
+        ("train", typical(known, range(5)), "p0"),
+        ("train", typical(known, range(5, 10)), "p1"),
+    ]
     # by float64 arithmetic: its own centre without itself, the other's with all
     units = known.vectors.astype(np.float64)
     own, other = units[:4].sum(axis=0), units[5:10].sum(axis=0)
@@ -39,13 +58,18 @@ def test_a_wrong_label_stands_out() -> None:
     assert suspected_labels(known, *known.centres(), margin=float(expected) + 0.01) == []
 
 
+@pytest.mark.usefixtures("block")
 def test_people_of_a_test_set_are_recognised() -> None:
-    train = embedded(np.array([[1, 0, 0], [1, 0.1, 0], [0, 1, 0], [0, 1, 0.1]], float), [0, 0, 1, 1])
-    known = embedded(np.array([[0, 0, 1], [0.1, 1, 0], [0.3, 1, 0.3]], float), [0, 1, 2], "q")
+    """By an image between two others, which is the most typical one."""
+    people = [[1, 0, 0], [1, 0.1, 0], [-1, 0, 0], [0, -1, 0], [0, 1, -0.1], [0, 1, 0], [0, 1, 0.1]]
+    train = embedded(np.array(people, float), [0, 0, 1, 2, 3, 3, 3])
+    tested = [[0, 0, 1], [0.1, 1, -0.2], [0.1, 1, 0.2], [0.1, 1, 0], [0.3, 1, 0.3]]
+    known = embedded(np.array(tested), [0, 1, 1, 1, 2], "q")
     (found,) = suspected_overlaps("lfw", train, train.centres()[1], known, least=0.9)
-    assert (found.image_id, found.identity) == ("", "p1")
+    assert (found.image_id, found.identity) == ("", "p3")
     assert "lfw: q1" in found.reason  # the nearest of two who would do
-    assert [(of, image[0]) for of, image, _ in found.pictures] == [("train", "p"), ("lfw", "q")]
+    assert found.pictures == [("train", "p/5", "p3"), ("lfw", "q/3", "lfw: q1")]
+    assert found.score == pytest.approx(1 / np.sqrt(1.01), abs=1e-3)
 
 
 def test_a_few_images_of_each_are_spread_evenly() -> None:
@@ -98,7 +122,17 @@ def test_the_whole(tmp_path: Path) -> None:
     looks = {row["image_id"]: row["reason"].split(" to ")[-1] for row in rows}
     assert looks == {"": "lfw: id002", "id000/0001": "id001", "id001/0004": "id000"}
     page = (out / "index.html").read_text()
-    assert page.count("data:image/jpeg") == 2 + 3 * 2
+    whose = {row["image"]: row["image_id"] for row in read_parts(tmp_path / "aligned" / "train", ALIGNED).to_pylist()}
+    shown = re.findall(r'<img src="data:image/jpeg;base64,(.*?)" alt="(.*?)"', page)  # lfw's are among those of train
+    captions = [caption for image, identity in suspects[1:] for caption in (image, identity, looks[image])]
+    assert [caption for _, caption in shown] == [*captions, "id002", "lfw: id002"]
+    for picture, caption in shown:
+        image = whose[base64.b64decode(picture)]
+        if caption in looks:
+            assert image == caption
+        else:
+            assert image.split("/")[0] == caption.removeprefix("lfw: ")
+            assert image not in looks  # it is not typical
     assert not list((tmp_path / "reports").glob(".audit-*"))
     again = (out / "suspects.csv").read_bytes(), page
     audit.run(*args)
