@@ -14,11 +14,13 @@ from torch import Tensor
 
 from pipeline.params import Params
 from pipeline.tables import LABELS
+from stages.align.decode import decode
 from stages.download import synthetic
 from stages.evaluate.comparison import compare_runs, stored_scores
 from stages.evaluate.extra import read_bin, run
 from stages.evaluate.leaks import Trained
 from stages.evaluate.models import Embedder
+from stages.evaluate.photographs import align_files
 from stages.evaluate.scoring import Scored
 from stages.evaluate.verification import EvaluationError
 from tests.samples import face_like, jpeg
@@ -119,24 +121,37 @@ def test_an_image_that_is_none_is_named(tmp_path: Path, here: Params) -> None:
 
 
 def test_pairs_of_ones_own_photographs(tmp_path: Path, here: Params) -> None:
-    """Procedural people, and a wall: it is compared by its middle, and counted."""
+    """Procedural people; a wall: it is compared by its middle, and counted; and a file before them that is no picture.
+
+    Scores are the cosines of each photograph's own face, aligned by itself.
+    """
     folder = tmp_path / "in"
     (folder / "photos").mkdir(parents=True)
+    (folder / "photos" / "broken.jpg").write_bytes(b"none")
     for person in range(4):
         for photo in range(2):
             image = synthetic.render(9, person, photo, 160)
             (folder / "photos" / f"{person}_{photo}.jpg").write_bytes(synthetic.encode(image, 95))
-    (folder / "photos" / "wall.jpg").write_bytes(jpeg(np.full((160, 160, 3), 120, np.uint8)))
-    rows = [(f"photos/{i}_0.jpg", f"photos/{i}_1.jpg", 1, i % 2) for i in range(4)]
+    (folder / "photos" / "wall.jpg").write_bytes(jpeg(np.full((160, 160, 3), (160, 120, 90), np.uint8)))
+    rows = [("photos/broken.jpg", "photos/0_0.jpg", 0, 0)]
+    rows += [(f"photos/{i}_0.jpg", f"photos/{i}_1.jpg", 1, i % 2) for i in range(4)]
     rows += [(f"photos/{i}_0.jpg", f"photos/{(i + 1) % 4}_1.jpg", 0, i % 2) for i in range(4)]
     rows += [("photos/0_0.jpg", "photos/wall.jpg", 0, 1)]
     with (folder / "mine.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("left", "right", "same", "fold"), *rows])
     run(folder, MODEL, None, tmp_path / "out", here)
     metrics = json.loads((tmp_path / "out" / "mine" / "metrics.json").read_text())
-    assert (metrics["pairs"], metrics["undetected"]) == (9, 1)
+    assert (metrics["pairs"], metrics["undetected"]) == (10, 2)
     scored = Scored.read(tmp_path / "out" / "mine" / "scores.parquet")
     assert list(zip(scored.left, scored.right, scored.same.astype(int), scored.fold, strict=True)) == rows
+
+    faces = {}
+    for name in {name for row in rows[1:] for name in row[:2]}:
+        (aligned,) = align_files([folder / name], here.align, fallback=True, device="cpu")
+        found = decode(aligned["image"]).mean(axis=(0, 1)) - 127
+        faces[name] = found / np.sqrt(found @ found)  # a mean of colours does not see a mirror
+    expected = [-1.0, *(faces[left] @ faces[right] for left, right, _, _ in rows[1:])]
+    np.testing.assert_allclose(scored.scores, expected, atol=1e-5)
     (folder / "photos" / "wall.jpg").unlink()
     with pytest.raises(EvaluationError, match=r"mine\.csv: 1 photographs are not there, as .*wall\.jpg"):
         run(folder, MODEL, None, tmp_path / "again", here)
