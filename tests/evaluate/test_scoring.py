@@ -1,6 +1,7 @@
 """Embeddings to scores by hand, foreign files good and bad, and runs compared from what they left."""
 
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 
 from pipeline import cli
 from pipeline.cli import RECIPES
@@ -341,17 +343,31 @@ def test_cosface_compare(
     one, two, _ = runs
     command(monkeypatch, one, "compare", one, two / "lfw" / "scores.parquet", "--json")
     found = json.loads(capsys.readouterr().out)["lfw"]
-    of_a, of_b = (
-        Scored.read(run / "lfw" / "scores.parquet").verification(FARS).measure().accuracy for run in (one, two)
-    )
-    assert found["difference"]["accuracy"] == pytest.approx(of_b - of_a, abs=1e-9)
-    assert found["mcnemar"]["only_b"] - found["mcnemar"]["only_a"] == pytest.approx(24 * (of_b - of_a))
+    right = {}
+    for side, of_run in (("a", one), ("b", two)):
+        scored = Scored.read(of_run / "lfw" / "scores.parquet").in_order()
+        threshold = np.array(scored.verification(FARS).measure().fold_threshold)
+        right[side] = (scored.own >= threshold[scored.fold]) == scored.same
+        assert found[side]["accuracy"] == pytest.approx(right[side].mean(), abs=1e-9)
+        assert found[side]["auc"] == pytest.approx(roc_auc_score(scored.same, scored.own), abs=1e-9)
+    for figure, difference in found["difference"].items():
+        a, b = (found[side][figure] for side in "ab")
+        assert difference == (None if a is None else pytest.approx(b - a, abs=1e-9))
+    only = {"only_a": int((right["a"] & ~right["b"]).sum()), "only_b": int((right["b"] & ~right["a"]).sum())}
+    assert found["mcnemar"].items() > only.items()
     assert found["bootstrap_over"] == "identities"
     command(monkeypatch, one, "compare", one / "lfw", two)
     said = capsys.readouterr().out
     assert said.splitlines()[0] == found["verdict"]
     assert "LFW" in said
     assert "12 different pairs" in said
+    told = re.findall(r"^  (\S+) +A +(\S+)%   B +(\S+)%   B - A (\S+)   ", said, re.M)
+    assert told == [
+        (figure, f"{100 * found['a'][figure]:.2f}", f"{100 * found['b'][figure]:.2f}", f"{100 * difference:+.2f}")
+        for figure, difference in found["difference"].items()
+        if difference is not None
+    ]
+    assert f"decided rightly by one alone: A {only['only_a']}, B {only['only_b']} of 24 pairs" in said
 
 
 def test_what_is_no_run(tmp_path: Path, params: Params) -> None:
