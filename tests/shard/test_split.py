@@ -60,9 +60,10 @@ def test_laws_of_the_split_by_identity(rows: list[tuple[str, str]], percent: int
     assert set(plan.label[plan.rows("val")]) == set(range(len(train), len(kept)))
 
 
-def test_the_split_follows_from_the_seed() -> None:
-    identities, reason = np.repeat(np.array(["a", "b", "c"], object), 20), np.full(60, "", object)
-    one, again, other = (make_plan(identities, reason, section(seed=seed)).val for seed in (1, 1, 2))
+@pytest.mark.parametrize(("by", "pairs"), [("image", 0), ("identity", 2)])
+def test_the_split_follows_from_the_seed(by: str, pairs: int) -> None:
+    identities, reason = np.repeat(np.array(list("abcdefghij"), object), 20), np.full(200, "", object)
+    one, again, other = (make_plan(identities, reason, section(by, 0.3, pairs, seed)).val for seed in (1, 1, 2))
     assert (one == again).all()
     assert (one != other).any()
 
@@ -86,6 +87,8 @@ def test_the_shuffle_is_a_permutation() -> None:
     assert sorted(mixed) == list(rows)
     # Neighbours of a fair shuffle are about n/3 apart; of a local one, far less.
     assert 250 < np.abs(np.diff(mixed // 3)).mean() < 420
+    assert (shuffled(rows, 5) == mixed).all()
+    assert (shuffled(rows, 6) != mixed).any()
 
 
 @given(counts=st.lists(st.integers(1, 6), min_size=2, max_size=8), half=st.integers(1, 12), seed=st.integers(0, 9))
@@ -105,3 +108,17 @@ def test_laws_of_the_pairs(counts: list[int], half: int, seed: int) -> None:
     assert (left < right).all()
     assert len(set(zip(left, right, strict=True))) == 2 * half
     assert draw_pairs(labels, params).equals(pairs)
+
+
+def test_other_pairs_by_another_seed() -> None:
+    labels = np.repeat(np.arange(10), 10).astype(np.int32)
+    one, other = (draw_pairs(labels, section("identity", 0.5, 40, seed)) for seed in (1, 2))
+    for kind in (slice(20), slice(20, 40)):
+        assert one.to_pylist()[kind] != other.to_pylist()[kind]
+
+
+def test_no_one_with_many_images_decides_the_pairs() -> None:
+    """Of 21 people, one with 50 images: each is in one of 21 pairs."""
+    labels = np.repeat(np.arange(21), [50, *[2] * 20]).astype(np.int32)
+    left = draw_pairs(labels, section("identity", 0.5, 42))["left"].to_numpy()
+    assert sorted(labels[left[:21]]) == list(range(21))
