@@ -26,6 +26,7 @@ from tests.samples import face_like, jpeg
 EVALUATE = load_params(ROOT / "params.yaml").evaluate.model_copy(
     update={
         "replicates": 100,
+        "seed": 7,
         "megaface": MegaFace(distractors=[5, 30], seed=1, fars=[0.1, 0.0001], noise=str(ROOT / "data" / "noise.txt")),
     }
 )

@@ -19,7 +19,8 @@ from pipeline.params import Evaluate, MegaFace
 from pipeline.tables import ALIGNED, EMBEDDED, LABELS, PAIRS, part_path, read_parts, read_table, write_table
 from stages.evaluate import identify, suite
 from stages.evaluate.run import Trained, run
-from stages.evaluate.scoring import SCORES
+from stages.evaluate.scoring import SCORES, Scored
+from stages.evaluate.uncertainty import intervals
 from stages.evaluate.verification import EvaluationError
 from stages.train.model import load_model
 from tests.evaluate.conftest import EVALUATE, Workspace
@@ -37,6 +38,11 @@ def test_results_agree_with_each_other_and_with_the_input(workspace: Workspace, 
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics) == KEYS
     assert metrics["leaked_identities"] == 0
+    stored = Scored.read(out / "scores.parquet")
+    drawn = intervals(stored.verification(EVALUATE.fars), stored.people, replicates=100, seed=7)
+    assert metrics["intervals"] == {
+        figure: each and pytest.approx(list(each), abs=1e-9) for figure, each in drawn.bounds.items()
+    }
     for figure in ("accuracy", "auc", "eer"):
         low, high = metrics["intervals"][figure]
         assert low <= metrics[figure] <= high

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
+from pipeline.params import Params
 from stages.evaluate import identification
 from stages.evaluate.identification import RANKS, Identification, identify
+from stages.evaluate.identify import summary
 from stages.evaluate.verification import EvaluationError
 
 CPU = torch.device("cpu")
@@ -165,6 +167,20 @@ def test_intervals_are_those_of_people_not_of_pairs() -> None:
     assert first[0] < 0.6 < first[1]
     assert rates.tolist() == first.tolist()
     assert all(np.array_equal(*both) for both in zip(found.intervals(200, 7), found.intervals(200, 7), strict=True))
+
+
+def test_intervals_are_drawn_as_params_yaml_says(params: Params) -> None:
+    rng = np.random.default_rng(1)
+    rank, score = rng.integers(1, 4, (1, 400), np.int32), rng.random(400, np.float32)
+    found = Identification((10,), rng.integers(25, size=400), score, rank, (0.1,), np.array([[0.5]]), 250)
+    section = params.evaluate.model_copy(update={"replicates": 100, "seed": 7})
+    first, rates = found.intervals(100, 7)
+    assert summary(found, section)["distractors"]["10"]["intervals"] == {
+        "rank_1": pytest.approx(first[0].tolist(), abs=1e-9),
+        "tar_at_far_0.1": pytest.approx(rates[0, 0].tolist(), abs=1e-9),
+    }
+    for other, _ in (found.intervals(101, 7), found.intervals(100, 8)):
+        assert (other != first).any()
 
 
 def test_people_without_mates_are_not_drawn() -> None:

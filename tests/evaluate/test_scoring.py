@@ -18,7 +18,7 @@ from pipeline.params import Params
 from stages.evaluate import comparison, foreign, scoring
 from stages.evaluate.features import Block
 from stages.evaluate.scoring import Options, Scored
-from stages.evaluate.uncertainty import compare
+from stages.evaluate.uncertainty import compare, intervals
 from stages.evaluate.verification import EvaluationError, best_threshold
 
 FARS = [0.1, 0.001]
@@ -278,7 +278,9 @@ def test_a_list_that_is_given_twice_is_refused(tmp_path: Path, lfw: Any, params:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: object) -> None:
-    (folder / "params.yaml").write_bytes((RECIPES / "quickstart.yaml").read_bytes())
+    """By quickstart's params.yaml, but for the bootstrap."""
+    text = (RECIPES / "quickstart.yaml").read_text().replace("replicates: 1000 ", "replicates: 100 ")
+    (folder / "params.yaml").write_text(re.sub(r"seed: 1( +# of the bootstrap)", r"seed: 7\1", text))
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["cosface", *map(str, arguments)])
     with pytest.raises(SystemExit) as left:
@@ -294,7 +296,8 @@ def test_cosface_score(
     arguments = ("score", "lfw", "--embeddings", path, "--pairs", pairs)
     command(monkeypatch, tmp_path, *arguments, "--json")
     found = json.loads(capsys.readouterr().out)
-    verification = score(path, pairs, Options()).verification(FARS)
+    scored = score(path, pairs, Options())
+    verification = scored.verification([0.1, 0.01, 0.001])
     assert found["accuracy"] == pytest.approx(verification.measure().accuracy, abs=1e-9)
     assert (found["flip"], found["centre"], found["bootstrap_over"]) == ("concatenate", False, "identities")
     assert found["tar_at_far"]["0.001"] is None
@@ -302,6 +305,10 @@ def test_cosface_score(
     assert "12 different pairs" in found["unresolved"]["tar_at_far_0.001"]
     low, high = found["intervals"]["auc"]
     assert low < found["auc"] < high
+    drawn = intervals(verification, scored.people, replicates=100, seed=7)
+    assert found["intervals"] == {
+        figure: each and pytest.approx(list(each), abs=1e-9) for figure, each in drawn.bounds.items()
+    }
     command(monkeypatch, tmp_path, *arguments, "--flip", "none", "--centre")
     said = capsys.readouterr().out
     assert f"{'accuracy':<18} " in said
@@ -383,7 +390,8 @@ def test_all_that_both_have_is_compared_and_the_rest_is_told(
         b.write(name / "scores.parquet")
     a, other = (comparison.stored_scores(run) for run in (one, two))
     assert list(a) == ["lfw", "ytf", "extra/lfw"]
-    assert list(comparison.compare_runs(a, other, params.evaluate)) == ["lfw", "extra/lfw"]
+    section = params.evaluate.model_copy(update={"replicates": 100})
+    assert list(comparison.compare_runs(a, other, section)) == ["lfw", "extra/lfw"]
     assert [record.message for record in caplog.records] == ["only A has ytf", "only B has extra/mine"]
     assert list(comparison.stored_scores(two / "extra")) == ["extra/lfw", "extra/mine"]
     for path in (two / "extra" / "mine", two / "extra" / "mine" / "scores.parquet"):
@@ -402,11 +410,12 @@ def test_a_comparison_is_drawn_as_params_yaml_says(runs: tuple[Path, Path, Score
 
 def test_pairs_that_are_not_the_same(runs: tuple[Path, Path, Scored], tmp_path: Path, params: Params) -> None:
     one, _, b = runs
+    section = params.evaluate.model_copy(update={"replicates": 100})
 
     def against(**changes: Any) -> None:
         Scored(**vars(b) | changes).write(tmp_path / "three" / "lfw" / "scores.parquet")
         a, other = (comparison.stored_scores(run) for run in (one, tmp_path / "three"))
-        comparison.compare_runs(a, other, params.evaluate)
+        comparison.compare_runs(a, other, section)
 
     against()
     for changes, message in (
