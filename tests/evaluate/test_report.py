@@ -10,15 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from pipeline.params import SETS, Local, Params, load_params
 from pipeline.tables import ALIGNED, read_parts, read_table
+from stages.evaluate import report
 from stages.evaluate.report import build, worst_errors
 from stages.evaluate.scoring import SCORES, Scored
 from stages.evaluate.verification import EvaluationError
 from tests.conftest import ROOT
 from tests.evaluate.conftest import Workspace
+from tests.evaluate.test_evaluate_stage import write_embedded
 
 
 class Page(HTMLParser):
@@ -176,6 +180,50 @@ def test_accuracy_by_part_is_that_of_its_pairs(
     told = re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>", table[1])
     assert told == [(part, str(own.sum()), f"{100 * decided[own].mean():.1f}%") for part, own in expected.items()]
     assert len({accuracy for _, _, accuracy in told}) > 2
+
+
+def test_the_map_is_of_the_people_with_the_most_faces(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five people, three; those whose face was not found do not count, however many photographs they have."""
+    monkeypatch.setattr(report, "MAP_PEOPLE", 3)
+    monkeypatch.setattr(report, "MAP_FACES", 4)
+    people, status = list("abbcccddddeeeeeeeee"), ["detected"] * 12 + ["fallback"] * 7
+    mixed = np.random.default_rng(1).permutation(len(people))
+    write_embedded(tmp_path, [people[i] for i in mixed], [status[i] for i in mixed], 0.01, 2)
+    (axes,) = report._map(tmp_path, params).axes
+    shown = [np.array(each.get_offsets()) for each in axes.collections if isinstance(each, PathCollection)]
+    assert [len(points) for points in shown] == [4, 3, 2]  # d, c, and one of two who have two faces
+    points, whose = np.concatenate(shown), np.repeat([0, 1, 2], [4, 3, 2])
+    apart = np.linalg.norm(points[:, None] - points, axis=2) + np.diag([np.inf] * len(points))
+    assert (whose[apart.argmin(axis=1)] == whose).all()
+
+
+def test_training_charts_show_the_columns_of_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, dict[str, list[list[float]]]] = {}
+
+    def keep(figure: Figure, name: str) -> str:
+        (axes,) = figure.axes
+        drawn[name] = {str(line.get_label()): np.array(line.get_xydata()).tolist() for line in axes.lines}
+        return name
+
+    monkeypatch.setattr(report, "to_svg", keep)
+    (tmp_path / "history.csv").write_text(
+        "iteration,val_auc,val_accuracy,learning_rate,accuracy,loss\n10,,,0.1,0.2,20.5\n20,0.8,0.5,0.01,0.6,12\n"
+    )
+    charts = report._training_charts(tmp_path / "history.csv")
+    assert charts == {
+        "Loss (LMCL)": "loss",
+        "Accuracy among training identities": "accuracy",
+        "AUC among validation identities": "auc",
+        "Learning rate": "rate",
+    }
+    assert drawn == {
+        "loss": {"loss": [[10, 20.5], [20, 12]]},
+        "accuracy": {"training": [[10, 0.2], [20, 0.6]], "validation": [[20, 0.5]]},
+        "auc": {"validation": [[20, 0.8]]},
+        "rate": {"rate": [[10, 0.1], [20, 0.01]]},
+    }
 
 
 def test_page_says_what_it_was_measured_on(
