@@ -567,6 +567,9 @@ class Audit(Section):
 
     label_margin: Annotated[float, Field(ge=0, le=2)]
     """An image is suspect whose cosine to another identity's centre is so much above that to its own."""
+    label_least: Annotated[float, Field(ge=-1, le=1)]
+    """An image is suspect whose cosine to the centre of the others of its identity is below this, whoever else it looks
+    like: no face perhaps, a drawing, or a hidden one."""
     overlap: Annotated[float, Field(ge=-1, le=1)]
     """A training identity is suspect whose centre has so high a cosine to that of a person of an evaluation set."""
 

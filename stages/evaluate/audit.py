@@ -1,7 +1,7 @@
 """`python -m stages.evaluate.audit`: what the trained model makes of the data it was trained on → reports/audit.
 
-Two things that only a model sees: training images that look more like another identity than like their own, and
-training identities that look like people of the test sets. Both are suspicions, listed with pictures for a person to
+Things that only a model sees: training images that look more like another identity than like their own, or not even
+like that; and training identities that look like people of the test sets. Both are suspicions, listed with pictures for a person to
 judge. suspects.csv has the columns of `shard.clean.exclude`: what is copied there is left out next time.
 """
 
@@ -99,7 +99,7 @@ def run(embedded: Path, aligned: Path, sets: Sequence[str], shards: Path, out: P
         if not train.image_id:
             raise tables.TableError(f"{embedded / 'train'}: not one detected face")
         sums, centres = train.centres()
-        labels = suspected_labels(train, sums, centres, params.label_margin)
+        labels = suspected_labels(train, sums, centres, params.label_margin, params.label_least)
         overlaps = []
         for name in sets:
             known = _embedded(embedded / name, Path(folder), most=_PER_IDENTITY)
@@ -128,9 +128,10 @@ def _block(others: int) -> int:
 
 
 def suspected_labels(
-    train: Embedded, sums: NDArray[np.float32], centres: NDArray[np.float32], margin: float
+    train: Embedded, sums: NDArray[np.float32], centres: NDArray[np.float32], margin: float, least: float
 ) -> list[Suspicion]:
-    """Images whose cosine to the centre of another identity is at least `margin` above that to their own.
+    """Images whose cosine to the centre of another identity is at least `margin` above that to their own, or whose cosine
+    to their own is below `least`; those that are furthest beyond either come first.
 
     An identity's own centre is computed without the image itself; one of a single image has none, and is not suspected.
     """
@@ -144,14 +145,15 @@ def suspected_labels(
         cosines = vectors @ centres.T
         cosines[np.arange(len(code)), code] = -np.inf
         other = cosines.argmax(axis=1)
-        excess = cosines[np.arange(len(code)), other] - own
-        for i in np.flatnonzero((excess >= margin) & (counts[code] > 1)).tolist():
-            found.append((float(excess[i]), start + i, float(own[i]), int(other[i])))
+        theirs = cosines[np.arange(len(code)), other]
+        beyond = np.maximum(theirs - own - margin, least - own)
+        for i in np.flatnonzero(((theirs - own >= margin) | (own < least)) & (counts[code] > 1)).tolist():
+            found.append((float(beyond[i]), start + i, float(own[i]), float(theirs[i]), int(other[i])))
     found.sort(key=lambda item: (-item[0], item[1]))
     suspicions: list[Suspicion] = []
-    for excess, row, mine, other in found:
+    for score, row, mine, near, other in found:
         image, own_name, looks = train.image_id[row], train.names[train.code[row]], train.names[other]
-        reason = f"cosine {mine:.2f} to its own identity, {mine + excess:.2f} to {looks}"
+        reason = f"cosine {mine:.2f} to its own identity, {near:.2f} to {looks}"
         pictures: list[Picture] = []
         if len(suspicions) < _SHOWN:
             pictures = [
@@ -159,7 +161,7 @@ def suspected_labels(
                 ("train", train.typical(int(train.code[row]), centres[train.code[row]]), own_name),
                 ("train", train.typical(other, centres[other]), looks),
             ]
-        suspicions.append(Suspicion(image, own_name, reason, excess, pictures))
+        suspicions.append(Suspicion(image, own_name, reason, score, pictures))
     return suspicions
 
 

@@ -43,7 +43,7 @@ def test_a_wrong_label_stands_out() -> None:
     vectors = np.repeat([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]], [5, 5, 1], axis=0) + rng.normal(0, 0.05, (11, 3))
     vectors[4] = [0.05, 1, 0]
     known = embedded(vectors, [0] * 5 + [1] * 5 + [2])
-    (found,) = suspected_labels(known, *known.centres(), margin=0.3)
+    (found,) = suspected_labels(known, *known.centres(), margin=0.3, least=-1)
     assert (found.image_id, found.identity) == ("p/4", "p0")
     assert found.pictures == [
         ("train", "p/4", "p/4"),
@@ -54,8 +54,35 @@ def test_a_wrong_label_stands_out() -> None:
     units = known.vectors.astype(np.float64)
     own, other = units[:4].sum(axis=0), units[5:10].sum(axis=0)
     expected = units[4] @ other / np.linalg.norm(other) - units[4] @ own / np.linalg.norm(own)
-    assert found.score == pytest.approx(expected, abs=1e-3)
-    assert suspected_labels(known, *known.centres(), margin=float(expected) + 0.01) == []
+    assert found.score == pytest.approx(expected - 0.3, abs=1e-3)
+    assert suspected_labels(known, *known.centres(), margin=float(expected) + 0.01, least=-1) == []
+
+
+@pytest.mark.usefixtures("block")
+def test_what_is_like_nobody_stands_out() -> None:
+    """Of two people along two axes, an image along a third; one of an identity of its own has no other to be unlike."""
+    rng = np.random.default_rng(0)
+    vectors = np.repeat(np.eye(4), [5, 5, 1, 1], axis=0) + rng.normal(0, 0.05, (12, 4))
+    known = embedded(vectors, [0] * 5 + [1] * 5 + [0, 2])
+    (found,) = suspected_labels(known, *known.centres(), margin=1, least=0.3)
+    assert (found.image_id, found.identity) == ("p/10", "p0")
+    units = known.vectors.astype(np.float64)
+    own, other = units[:5].sum(axis=0), units[5:10].sum(axis=0)
+    mine, near = units[10] @ own / np.linalg.norm(own), units[10] @ other / np.linalg.norm(other)
+    nearest, whose = max((near, "p1"), (units[10] @ units[11], "p2"))
+    assert found.reason == f"cosine {mine:.2f} to its own identity, {nearest:.2f} to {whose}"
+    assert found.score == pytest.approx(0.3 - mine, abs=1e-3)
+    assert suspected_labels(known, *known.centres(), margin=1, least=float(mine) - 0.01) == []
+
+
+def test_those_furthest_beyond_a_limit_come_first() -> None:
+    """An image whose cosine is 0.4 to its own identity and 0.9 to another's, and one that is like nobody."""
+    vectors = np.repeat(np.eye(3), [6, 5, 1], axis=0)
+    vectors[5] = 0.4, 0.9, 0
+    known = embedded(vectors, [0] * 6 + [1] * 6)
+    for margin, least, order in ((0.2, 0.1, ["p/5", "p/11"]), (0.45, 0.3, ["p/11", "p/5"])):
+        found = suspected_labels(known, *known.centres(), margin, least)
+        assert [each.image_id for each in found] == order
 
 
 @pytest.mark.usefixtures("block")
@@ -109,7 +136,7 @@ def test_the_whole(tmp_path: Path) -> None:
     write_table(tmp_path / "shards" / "dropped.parquet", gone, DROPPED)
     (tmp_path / "reports" / "audit").mkdir(parents=True)
     out = tmp_path / "reports" / "audit"
-    section = Audit(label_margin=0.2, overlap=0.99)
+    section = Audit(label_margin=0.2, label_least=0.1, overlap=0.99)
     args = (tmp_path / "embedded", tmp_path / "aligned", ("lfw",), tmp_path / "shards", out, section)
     metrics = audit.run(*args)
     assert metrics == {"images": 17, "suspected_labels": 2, "suspected_overlaps": 1}
