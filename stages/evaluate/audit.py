@@ -1,8 +1,8 @@
 """`python -m stages.evaluate.audit`: what the trained model makes of the data it was trained on → reports/audit.
 
 Things that only a model sees: training images that look more like another identity than like their own, or not even
-like that; and training identities that look like people of the test sets. Both are suspicions, listed with pictures for a person to
-judge. suspects.csv has the columns of `shard.clean.exclude`: what is copied there is left out next time.
+like that; and training identities that look like people of the test sets. All are suspicions, listed with pictures for
+a person to judge. suspects.csv has the columns of `shard.clean.exclude`: what is copied there is left out next time.
 """
 
 import csv
@@ -130,8 +130,8 @@ def _block(others: int) -> int:
 def suspected_labels(
     train: Embedded, sums: NDArray[np.float32], centres: NDArray[np.float32], margin: float, least: float
 ) -> list[Suspicion]:
-    """Images whose cosine to the centre of another identity is at least `margin` above that to their own, or whose cosine
-    to their own is below `least`; those that are furthest beyond either come first.
+    """Images whose cosine to the centre of another identity is at least `margin` above that to their own, or whose
+    cosine to their own is below `least`; those that are furthest beyond either come first.
 
     An identity's own centre is computed without the image itself; one of a single image has none, and is not suspected.
     """

@@ -308,8 +308,8 @@ def _warn_of_bounds(classes: int, params: Params) -> None:
         )
     elif classes > embedding + 1 and head.margin > _CONVERGED:
         log.warning(
-            "train.head.margin = %g: the bound of %.3f is far out of reach for %d centres in %d dimensions; the paper's "
-            "trainings did not converge above %g (CosFace, section 4.2)",
+            "train.head.margin = %g: the bound of %.3f is far out of reach for %d centres in %d dimensions; the "
+            "paper's trainings did not converge above %g (CosFace, section 4.2)",
             head.margin,
             most,
             classes,
