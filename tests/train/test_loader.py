@@ -7,19 +7,24 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.errors import InputError
@@ -72,6 +77,29 @@ def take(loader: Loader, count: int) -> list[Batch]:
         return list(islice(batches, count))
 
 
+def take_by(workers: int, loader: Loader, count: int) -> list[Batch]:
+    """By so many processes of a DataLoader, of which each makes every so-manieth batch; 0 for by itself."""
+    if not workers:
+        return take(loader, count)
+    shares = []
+    for worker in range(workers):
+        with patch.object(loading, "get_worker_info", lambda i=worker: SimpleNamespace(id=i, num_workers=workers)):
+            shares.append(take(loader, math.ceil((count - worker) / workers)))
+    return [shares[i % workers][i // workers] for i in range(count)]
+
+
+def decoded(shards: Shards, split: str) -> NDArray[np.uint8]:
+    """The aligned faces of a split, in the order of its files, as Pillow decodes them, which has the same library."""
+    paths = sorted(Path(shards.place.path).glob(f"{split}-*.parquet"))
+    jpegs = itertools.chain.from_iterable(pq.read_table(path)["image"].to_pylist() for path in paths)
+    return np.stack([np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs])
+
+
+def pixels(batches: Iterable[Batch]) -> list[NDArray[np.uint8]]:
+    """Each image of some batches, height and width first."""
+    return [image.permute(1, 2, 0).contiguous().numpy() for batch in batches for image in batch.images]
+
+
 def equal(a: list[Batch], b: list[Batch]) -> bool:
     return len(a) == len(b) and all(
         torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) for x, y in zip(a, b, strict=True)
@@ -96,11 +124,9 @@ def test_batches_hold_the_decoded_pixels_in_rgb(shards: Shards, params: Params) 
 @given(data=st.data())
 def test_exactly_once_over_ranks_caches_and_interruptions(data: st.DataObject) -> None:
     """Whatever the shards, with and without a host cache, however many images are planned and made together, and by
-    however many ranks, before an interruption and after it: together they see every row exactly once an epoch.
+    however many ranks, each by itself or with worker processes, before an interruption and after it: together they see
+    every row exactly once an epoch, and each batch is what one alone makes of it.
     """
-    import tempfile
-    from unittest.mock import patch
-
     from tests.conftest import load_params
 
     few: dict[str, Any] = {
@@ -123,34 +149,29 @@ def test_exactly_once_over_ranks_caches_and_interruptions(data: st.DataObject) -
         assert total == sum(counts)
         train = section(load_params(ROOT / "params.yaml"), batch)
         split = shards.split("train")
-        number = {image: row for row, image in enumerate(jpegs(shards))}
+        number = {image.tobytes(): row for row, image in enumerate(decoded(shards, "train"))}
         seen: list[int] = []
         iterations = 2 * total // train.batch + 1
         cut = data.draw(st.integers(0, iterations))
-        state = {"iteration": 0}
-        for world, count in zip(worlds, (cut, iterations - cut), strict=True):
+        for world, first, count in zip(worlds, (0, cut), (cut, iterations - cut), strict=True):
             streams = []
             for rank in range(world):
                 cache = data.draw(st.sampled_from(["none", "host"]))
                 options = {"cache": cache, "cache_folder": Path(name) / "decoded"}
                 loader = make(shards, train, rank=rank, world=world, **options)
-                loader.load_state_dict(state)
-                streams.append(take(loader, count))
-            state = loader.state_dict()
+                loader.load_state_dict({"iteration": first})
+                workers = data.draw(st.integers(0, 3))
+                streams.append(take_by(workers, loader, count))
+                assert loader.state_dict() == {"iteration": first if workers else first + count}
             for one in itertools.chain.from_iterable(zip(*streams, strict=True)):
                 assert len(one.labels) == train.batch // world  # equal for every rank
-                for image, label in zip(one.images, one.labels.tolist(), strict=True):
-                    row = number[image.permute(1, 2, 0).contiguous().numpy().tobytes()]
+                for image, label in zip(pixels([one]), one.labels.tolist(), strict=True):
+                    row = number[image.tobytes()]
                     assert split.labels[row] == label
                     seen.append(row)
+        assert seen == [number[image.tobytes()] for image in pixels(take(make(shards, train), iterations))]
         for epoch in range(len(seen) // total):
             assert sorted(seen[epoch * total : (epoch + 1) * total]) == list(range(total))
-
-
-def jpegs(shards: Shards) -> list[bytes]:
-    """The decoded pixels of the training rows, in order."""
-    batches = validation_batches(shards.split("train"), shards.index.face, 64, 112, CPU)
-    return [image.permute(1, 2, 0).contiguous().numpy().tobytes() for batch in batches for image in batch.images]
 
 
 @pytest.mark.parametrize("augment", [{"horizontal_flip": 0.5}, STRONG], ids=["flip", "strong"])
@@ -180,18 +201,31 @@ def test_the_same_batches_whatever_makes_them(
             monkeypatch.setattr(loading, constant, value)
         assert equal(take(make(shards, train), 12), whole)
     monkeypatch.setattr(loading, "_PLANNED", 40)
-    for worker in range(3):  # of which each makes every third batch
-        monkeypatch.setattr(loading, "get_worker_info", lambda i=worker: SimpleNamespace(id=i, num_workers=3))
-        resumed = make(shards, train)
-        resumed.load_state_dict({"iteration": 2})
-        assert equal(take(resumed, 3), whole[2 + worker :: 3][:3])
+    resumed = make(shards, train)
+    resumed.load_state_dict({"iteration": 2})
+    assert equal(take_by(3, resumed, 9), whole[2:11])
 
 
-def test_an_epoch_changes_what_befalls_an_example(shards: Shards, params: Params) -> None:
-    train = section(params, batch=30, augment={"horizontal_flip": 0.5})
+def test_an_epoch_and_a_seed_change_what_befalls_an_example(shards: Shards, params: Params) -> None:
+    def epochs(seed: int, count: int) -> list[set[bytes]]:
+        train = section(params, batch=30, augment={"horizontal_flip": 0.5}, seed=seed)
+        return [{image.tobytes() for image in pixels([batch])} for batch in take(make(shards, train), count)]
+
     assert len(shards.split("train")) == 30
-    first, second = ({image.numpy().tobytes() for image in batch.images} for batch in take(make(shards, train), 2))
+    first, second = epochs(seed=1, count=2)
+    (other,) = epochs(seed=2, count=1)
+    assert len(first) == len(second) == len(other) == 30
     assert 4 <= len(first & second) <= 26  # half of 30 fall the same way
+    assert 4 <= len(first & other) <= 26
+
+
+@pytest.mark.parametrize("sampling", [{"name": "uniform"}, {"name": "balanced", "identities": 2, "images": 4}])
+def test_a_seed_changes_what_comes_first(shards: Shards, params: Params, sampling: dict[str, Any]) -> None:
+    first, again, other = (
+        take(make(shards, section(params, sampling=sampling, seed=seed), cache="device"), 1) for seed in (1, 1, 2)
+    )
+    assert equal(first, again)
+    assert showings(first) != showings(other)
 
 
 @pytest.mark.parametrize("cache", ["none", "host", "device"])
@@ -199,9 +233,14 @@ def test_a_shift_stays_in_the_margin(large: Shards, params: Params, cache: str, 
     train = section(params, augment={"shift": 5, "horizontal_flip": 0.5})
     batches = take(make(large, train, cache=cache, cache_folder=tmp_path), 4)
     assert all(batch.images.shape == (8, 3, 112, 112) for batch in batches)
-    assert equal(batches, take(make(large, train), 4))
-    middle = take(make(large, section(params)), 1)[0]
-    assert not torch.equal(middle.images, batches[0].images)
+    known = {  # every part of a face that is allowed, either way: hash to row, corner and direction
+        hash(face[top : top + 112, left : left + 112][:, ::way].tobytes()): (row, top, left, way)
+        for row, face in enumerate(decoded(large, "train"))
+        for top, left, way in itertools.product(range(3, 14), range(3, 14), (1, -1))
+    }
+    rows, *drawn = zip(*(known[hash(image.tobytes())] for image in pixels(batches)), strict=True)
+    assert (large.split("train").labels[list(rows)] == torch.cat([batch.labels for batch in batches]).numpy()).all()
+    assert all(len(set(values)) > least for values, least in zip(drawn, (5, 5, 1), strict=True))
     with pytest.raises(InputError, match=r"train\.augment\.shift: 9 pixels around .* 112×112 .* faces of 128×128"):
         make(large, section(params, augment={"shift": 9}))
 
@@ -295,7 +334,6 @@ def test_what_cannot_be_is_said(shards: Shards, params: Params) -> None:
 
 def test_an_image_that_is_none_is_named(tmp_path: Path, params: Params) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     from pipeline.tables import EXAMPLES, write_table
 
@@ -349,6 +387,15 @@ if __name__ == "__main__":
 """
 
 
+def imports_torch(process: psutil.Process) -> bool:
+    """Whether it is what processes that make batches are forked off, and has begun to load torch."""
+    try:
+        forks = any("multiprocessing.forkserver" in argument for argument in process.cmdline())
+        return forks and any("libtorch" in each.path for each in process.memory_maps())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_processes_outlive_being_asked_to_end_but_not_their_training(
     shards: Shards, params: Params, tmp_path: Path
 ) -> None:
@@ -367,8 +414,11 @@ def test_processes_outlive_being_asked_to_end_but_not_their_training(
         assert process.stdin
         assert process.stdout
         assert process.stdout.readline() == "begun\n"
-        time.sleep(1)
-        os.killpg(process.pid, signal.SIGINT)  # while they import
+        deadline = time.monotonic() + 60
+        while not any(imports_torch(child) for child in psutil.Process(process.pid).children()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)  # while what they are forked off imports
         made = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
         assert len(made) == 2
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -420,11 +470,19 @@ def test_how_many_processes_make_batches(
         assert found() == count
 
 
-def test_validation_sees_every_example_once_and_unchanged(shards: Shards) -> None:
-    split = shards.split("val")
-    batches = list(validation_batches(split, shards.index.face, 5, 112, CPU))
-    assert [len(batch.labels) for batch in batches] == [5, 5]
+@pytest.mark.parametrize(("made", "width", "sizes"), [("shards", 112, [5, 5]), ("large", 96, [5, 1])])
+def test_validation_sees_every_example_once_and_unchanged(
+    request: pytest.FixtureRequest, made: str, width: int, sizes: list[int]
+) -> None:
+    """The middle of each, as Pillow decodes it."""
+    shards: Shards = request.getfixturevalue(made)
+    split, faces = shards.split("val"), decoded(shards, "val")
+    batches = list(validation_batches(split, shards.index.face, 5, width, CPU))
+    assert [len(batch.labels) for batch in batches] == sizes
     assert (torch.cat([batch.labels for batch in batches]).numpy() == split.labels).all()
+    assert all(batch.images.shape[1:] == (3, 112, width) for batch in batches)
+    top, left = (faces.shape[1] - 112) // 2, (faces.shape[2] - width) // 2
+    assert (np.stack(pixels(batches)) == faces[:, top : top + 112, left : left + width]).all()
 
 
 def test_what_goes_to_a_gpu_is_the_pinned_tensor_itself(shards: Shards, params: Params) -> None:
