@@ -1,3 +1,4 @@
+import colorsys
 import io
 
 import numpy as np
@@ -54,6 +55,13 @@ def test_batches_drawn_together_are_those_drawn_one_by_one() -> None:
         assert draws[i] == own
 
 
+def test_each_image_has_a_seed_of_its_own_in_each_lap() -> None:
+    """Of 2^32; two of 1,200 are alike with a probability of 1 in 6,000."""
+    rows, laps = np.repeat(ROWS, 3, axis=0), np.arange(3)[:, None] + LAPS
+    _, draws = draw(augment(blur=0.1), 1, laps, rows, (112, 112), 112)
+    assert len({seed for each in draws for seed in each.seed}) == 1200
+
+
 def test_reversed_bytes_are_a_mirror_image_of_other_colours(faces: np.ndarray) -> None:
     swapped = np.ascontiguousarray(faces[:5, ..., ::-1])
     mirror(swapped, swapped=True)
@@ -94,11 +102,6 @@ def test_each_change_by_itself(faces: np.ndarray, name: str) -> None:
     other = faces[:60].copy()
     ImageAugmenter(augment(**{name: 0.5}), 112)(other, [seed + 1 for seed in seeds])
     assert (other != out).any()
-    if name == "low_resolution":
-        detail = np.abs(np.diff(out[changed].astype(float), axis=2)).mean()
-        assert detail < 0.7 * np.abs(np.diff(faces[:60][changed].astype(float), axis=2)).mean()
-    if name == "colour":
-        assert np.abs(out[changed].mean(axis=(1, 2)) - faces[:60][changed].mean(axis=(1, 2))).max() > 10
 
 
 SEEDS = [7919 * number for number in range(150)]
@@ -146,6 +149,54 @@ def test_crop_is_a_part_of_the_image_enlarged(faces: np.ndarray, width: int) -> 
     assert 0.59 <= min(shares) < 0.67
     assert 0.93 < max(shares) <= 1
     assert len(corners) > 30
+
+
+def reduced(size: int, scale: float) -> NDArray[np.float64]:
+    """By which a line of so many pixels is multiplied: means over 1 / scale of them, the last over what is left; as
+    cv2.resize has it, where it is given a factor and not a size.
+    """
+    edges = np.minimum(np.arange(round(size * scale) + 1) / scale, size)[:, None]
+    parts = (np.minimum(edges[1:], np.arange(size) + 1) - np.maximum(edges[:-1], np.arange(size))).clip(0)
+    return parts / parts.sum(axis=1, keepdims=True)
+
+
+def test_low_resolution_is_means_enlarged(faces: np.ndarray) -> None:
+    """At which scale, a line of black and white tells."""
+    line = np.random.default_rng(0).choice([0, 255], 112)
+    probe = np.broadcast_to(line[:, None].astype(np.uint8), (len(SEEDS), 112, 112, 3))
+    told, out = changed_by("low_resolution", probe)[:, 50, :, 0].astype(float), changed_by("low_resolution", faces[:40])
+    scales, both = [], []
+    for count in range(11, 79):
+        again = enlarged(np.eye(count)[..., None], (112, count))[..., 0]
+        some = np.linspace(count - 0.499, count + 0.499, 41) / 112
+        scales += some.tolist()
+        both += [again @ reduced(112, scale) for scale in some]
+    lines = np.stack(both) @ line
+    found = [int(((lines - row) ** 2).sum(axis=1).argmin()) for row in told]
+    for face, seen_of, which in zip(faces[:40], out, found, strict=False):
+        expected = np.einsum("yi,xj,ijc->yxc", both[which], both[which], face.astype(float), optimize=True)
+        assert np.abs(seen_of - expected).max() <= 2
+    assert 0.149 <= min(scales[which] for which in found) < 0.18
+    assert 0.57 < max(scales[which] for which in found) <= 0.601
+
+
+def test_colour_changes_by_as_much_as_is_said() -> None:
+    """Brightness multiplies a grey, contrast what two greys are apart, saturation what the channels of a colour are.
+    None of them changes its hue, and the hue changes none of them.
+    """
+    grey, two, brown = (np.full((len(SEEDS), 112, 112, 3), value, np.uint8) for value in (120, 50, (150, 90, 50)))
+    two[:, 56:] = 160
+    brightness = changed_by("colour", grey)[:, 0, 0, 0] / 120
+    greys = changed_by("colour", two)[:, :, 0, 0].astype(float)
+    contrast = (greys[:, -1] - greys[:, 0]) / 110 / brightness
+    browns = changed_by("colour", brown)[:, 0, 0].astype(float)
+    saturation = (browns.max(axis=1) - browns.min(axis=1)) / 100 / brightness / contrast
+    for factors, within in ((brightness, 0.02), (contrast, 0.04), (saturation, 0.06)):  # four changes, each rounded
+        assert 0.7 - within < factors.min() < 0.75
+        assert 1.25 < factors.max() < 1.3 + within
+    hues = np.array([colorsys.rgb_to_hsv(*each)[0] for each in browns]) - colorsys.rgb_to_hsv(150, 90, 50)[0]
+    assert -0.02 - 0.01 < hues.min() < -0.016  # OpenCV has hue in 180 steps
+    assert 0.013 < hues.max() < 0.02 + 0.01
 
 
 def test_blur_is_a_gaussian(faces: np.ndarray) -> None:
