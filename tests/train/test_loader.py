@@ -34,6 +34,7 @@ from stages.shard.reader import Shards
 from stages.train import loader as loading
 from stages.train.faces import FaceError
 from stages.train.loader import Batch, Loader, validation_batches
+from stages.train.sheet import write_sheet
 from tests.conftest import ROOT
 from tests.samples import FACE, NO_AUGMENTATION, face_like, jpeg, shard_section, write_shards
 
@@ -483,6 +484,38 @@ def test_validation_sees_every_example_once_and_unchanged(
     assert all(batch.images.shape[1:] == (3, 112, width) for batch in batches)
     top, left = (faces.shape[1] - 112) // 2, (faces.shape[2] - width) // 2
     assert (np.stack(pixels(batches)) == faces[:, top : top + 112, left : left + width]).all()
+
+
+@pytest.mark.parametrize(
+    ("made", "augment"),
+    [("shards", {"horizontal_flip": 0.5}), ("large", {"shift": 5, "horizontal_flip": 0.5}), ("shards", STRONG)],
+    ids=["flip", "shift", "strong"],
+)
+def test_the_sheet_shows_faces_and_then_what_training_sees_of_them(
+    request: pytest.FixtureRequest, params: Params, made: str, augment: dict[str, Any], tmp_path: Path
+) -> None:
+    """A face a row, an epoch a column: among what the loader makes in that epoch."""
+    shards: Shards = request.getfixturevalue(made)
+    split, faces = shards.split("train"), decoded(shards, "train")
+    train = section(params, batch=len(split), augment=augment)
+    write_sheet(tmp_path / "faces.png", split, shards.index.face, train)
+    sheet = np.full((8 * 116, 8 * 116, 3), 255, np.uint8)
+    with Image.open(tmp_path / "faces.png") as opened:
+        assert (opened.size, opened.mode) == ((8 * 116 - 4, 8 * 116 - 4), "RGB")
+        sheet[:-4, :-4] = np.asarray(opened)
+    cells = sheet.reshape(8, 116, 8, 116, 3).swapaxes(1, 2)
+    assert (cells[:, :, 112:] == 255).all()
+    assert (cells[:, :, :, 112:] == 255).all()
+    seen = cells[:, :, :112, :112]
+    margin = (faces.shape[1] - 112) // 2
+    assert (seen[:, 0] == faces[:8, margin : margin + 112, margin : margin + 112]).all()
+    for epoch, batch in enumerate(take(make(shards, train), 7), 1):
+        shown = {image.tobytes() for image in pixels([batch])}
+        assert all(cell.tobytes() in shown for cell in seen[:, epoch])
+    if augment == {"horizontal_flip": 0.5}:
+        mirrored = (seen[:, 1:] == seen[:, :1, :, ::-1]).all(axis=(2, 3, 4))
+        assert (mirrored != (seen[:, 1:] == seen[:, :1]).all(axis=(2, 3, 4))).all()
+        assert 10 <= mirrored.sum() <= 46  # of 56 at one half: five standard deviations
 
 
 def test_what_goes_to_a_gpu_is_the_pinned_tensor_itself(shards: Shards, params: Params) -> None:
