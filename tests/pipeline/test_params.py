@@ -19,6 +19,13 @@ def default() -> dict[str, Any]:
     return content
 
 
+def put(content: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for name in path:
+        content = content[name]
+    content[last] = value
+
+
 def load(tmp_path: Path, content: dict[str, Any]) -> Any:
     path = tmp_path / "params.yaml"
     with path.open("w") as file:
@@ -93,6 +100,9 @@ WRONG: list[tuple[str, Any, str]] = [
     ("train.backbone.name", "vgg", r"train\.backbone\.name: .*'mobilefacenet' or 'small', not 'vgg'"),
     ("train.schedule.milestones", [300, 200], r"^  train\.schedule\.milestones: must increase, not \[300, 200\]$"),
     ("train.schedule.milestones", [320], r"^  train\.schedule\.milestones: must lie before iterations"),
+    ("train.schedule.warmup", 320, r"^  train\.schedule\.warmup: must be less than iterations = 320, not 320$"),
+    ("train.micro_batches", 3, r"^  train\.micro_batches: 3 equal parts, two images at least, of 128\?$"),
+    ("train.micro_batches", 128, r"^  train\.micro_batches: 128 equal parts, two images at least, of 128\?$"),
     ("shard.validation.share", 1, r"shard\.validation\.share: .*less than 1"),
     ("shard.validation.pairs", 100, r"^  shard\.validation\.pairs: 0 where validation is by image, not 100"),
     ("shard.validation.by", "identity", r"^  shard\.validation\.by: identity needs .* an even number of pairs"),
@@ -157,15 +167,34 @@ WRONG: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("key", "value", "message"), WRONG, ids=[key for key, _, _ in WRONG])
 def test_a_wrong_value_is_named_and_explained(tmp_path: Path, key: str, value: Any, message: str) -> None:
     content = default()
-    section = content
-    *path, last = key.split(".")
-    for name in path:
-        section = section[name]
-    section[last] = value
+    put(content, key, value)
     with pytest.raises(ParamsError) as error:
         load(tmp_path, content)
     assert str(tmp_path / "params.yaml") in str(error.value)
     assert re.search(message, str(error.value), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "train.augment.blur",
+            0.1,
+            r"^  machine\.cache: device allows a flip and a shift alone; the rest",
+        ),
+        ("machine.loaders", 2, r"^  machine\.loaders: with machine\.cache: device the GPU makes batches itself"),
+    ],
+    ids=["augment", "loaders"],
+)
+def test_what_a_cache_on_the_gpu_excludes(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    content = default()
+    put(content, "machine.cache", "device")
+    assert load(tmp_path, content)
+    put(content, key, value)
+    with pytest.raises(ParamsError, match=f"(?m){message}"):
+        load(tmp_path, content)
+    put(content, "machine.cache", "host")
+    assert load(tmp_path, content)
 
 
 def every_key(content: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

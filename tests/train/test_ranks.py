@@ -1,14 +1,23 @@
-"""Steps of several processes, on the CPU by gloo: what goes on after a checkpoint, and what fp16 leaves out."""
+"""Steps of several processes, on the CPU by gloo: what goes on after a checkpoint, and what fp16 leaves out. And which
+GPU each takes.
+"""
 
+import os
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
+from pipeline.errors import InputError
+from pipeline.params import Params
+from stages.train.ranks import take_gpu
 from tests.train.copies import start
 from tests.train.test_distributed import finish
 
 SCRIPT = """
 import sys
+from itertools import combinations
 from pathlib import Path
 import torch
 from pipeline.params import load_params
@@ -63,6 +72,12 @@ with together(torch.device("cpu")) as (ranks, device):
     own = 0.9 * 0.1 * means[0] + 0.1 * means[1]  # of the batch's two parts, one after the other
     found["statistics"] = torch.allclose(norm.running_mean, gathered(own[None]).mean(0), rtol=1e-5, atol=1e-7)
 
+    for name, share in (("same without dropout", 0.0), ("dropped by each", 0.5)):
+        training = loop.begin(section(dropout=share), 20, device, ranks)
+        images = torch.randint(0, 256, (4, 3, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+        drawn = gathered(training.model(images)[None])
+        found[name] = all(torch.equal(one, other) == (share == 0) for one, other in combinations(drawn, 2))
+
     params = section(precision="fp16")
     training = loop.begin(params, 20, device, ranks)
     for where in ("backbone", "centres of one"):
@@ -82,7 +97,67 @@ with together(torch.device("cpu")) as (ranks, device):
 
 
 def test_three_ranks_go_on_to_the_same_bits_and_leave_out_the_same_steps(tmp_path: Path) -> None:
-    """With batch normalisation, and a batch in parts; gradients overflow in fp16 on all ranks, or in one's centres."""
+    """With batch normalisation, and a batch in parts; gradients overflow in fp16 on all ranks, or in one's centres.
+    Dropout is another on each.
+    """
     finish(start(SCRIPT, tmp_path / "state", tmp_path / "found", ranks=3))
     found = torch.load(tmp_path / "found", weights_only=True)
-    assert found == dict.fromkeys(("goes on", "alike", "statistics", "backbone", "centres of one"), True)
+    dropout = ("same without dropout", "dropped by each")
+    assert found == dict.fromkeys(("goes on", "alike", "statistics", *dropout, "backbone", "centres of one"), True)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """On this machine, or the two that the environment makes visible, for the second of two processes; and what is
+    chosen among them.
+    """
+    chosen: list[int] = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that it is put right in the end
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    visible = partial(os.environ.get, "CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible().split(",")))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
+
+
+@pytest.mark.parametrize(("visible", "place", "own"), [(None, 1, "1"), ("4,6", 1, "6"), ("4,6", 0, "4")])
+def test_a_process_sees_no_gpu_but_its_own(
+    params: Params, two_gpus: list[int], monkeypatch: pytest.MonkeyPatch, visible: str | None, place: int, own: str
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(place))
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    take_gpu(params.machine)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == own
+    assert two_gpus == []
+
+
+def test_where_gpus_have_been_counted_a_process_chooses_its_own(
+    params: Params, two_gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    take_gpu(params.machine)
+    assert two_gpus == [1]
+
+
+def test_more_processes_than_gpus_are_refused(
+    params: Params, two_gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="there are 2 GPUs on this machine, and more processes"):
+        take_gpu(params.machine)
+
+
+@pytest.mark.parametrize("why", ["alone", "cpu", "no gpus"])
+def test_who_needs_no_gpu_of_its_own_takes_none(
+    params: Params, two_gpus: list[int], monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    if why == "alone":
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    if why == "no gpus":
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    take_gpu(params.machine.model_copy(update={"device": "cpu" if why == "cpu" else "auto"}))
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert two_gpus == []

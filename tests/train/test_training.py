@@ -842,6 +842,18 @@ def test_the_first_steps_are_those_written_out_in_float64(tiny: Params, clip: fl
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4, check_dtype=False)
 
 
+def test_the_first_weights_follow_from_the_seed(tiny: Params) -> None:
+    found = []
+    for seed in (1, 1, 2):
+        training = loop.begin(changed(tiny, seed=seed).train, 4, torch.device("cpu"))
+        found.append(dict(training.model.named_parameters()) | {"centres": training.head.weight})
+    drawn = [name for name, value in found[0].items() if value.ndim > 1]
+    assert "centres" in drawn
+    assert len(drawn) > 10
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert not any(torch.equal(found[0][name], found[2][name]) for name in drawn)
+
+
 def test_the_batch_in_parts_is_the_batch(shards: Path, plain: Params) -> None:
     """Without batch normalisation, gradients of a batch in parts are those of the whole, to rounding."""
     images = torch.randint(0, 256, (8, 3, 112, 112), dtype=torch.uint8)
