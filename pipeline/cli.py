@@ -182,7 +182,11 @@ def _tell_absent() -> None:
 
 
 @app.command()
-def promote(run_id: Annotated[str, typer.Argument(help="A run's id in MLflow, or latest.")] = "latest") -> None:
+def promote(
+    run_id: Annotated[
+        str, typer.Argument(help="A run's id in MLflow; latest; or best: by validation, on the latest one's data.")
+    ] = "latest",
+) -> None:
     """Register a run's model in MLflow and make it the champion."""
     from pipeline import registry
     from pipeline.params import load_params

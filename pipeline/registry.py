@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.params import Params, shown
 from pipeline.tracking import (
+    DATA_TAG,
     TrackingError,
     connect,
     fetch,
@@ -27,6 +28,7 @@ from pipeline.tracking import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
 
 NAME = "cosface"
 """Of the registered model; its champion is `models:/cosface@champion`."""
@@ -138,23 +140,25 @@ def promote(run_id: str, params: Params) -> tuple[str, str]:
     A run promoted before keeps its version.
 
     Args:
-        run_id: a run's id, or `latest` for the last training that finished.
+        run_id: a run's id; `latest` for the last training that finished; or `best` for the one whose model is best by
+            validation, of pairs of people or of images that were kept back, among those on the same data as `latest`.
         params: for the experiment's name.
 
     Returns:
         The run's name and the version of the registered model.
 
     Raises:
-        TrackingError: the store does not answer, or there is no such run, or it has no model.
+        TrackingError: the store does not answer, or there is no such run, or it has no model; or none was validated.
     """
     need_store(f"run {run_id}")
     prepare_file(written=True)
     with store_errors():
         client, experiment = connect(params)
-        run = newest_run(client, experiment, "status = 'FINISHED'") if run_id == "latest" else client.get_run(run_id)
+        named = run_id in ("latest", "best")
+        run = newest_run(client, experiment, "status = 'FINISHED'") if named else client.get_run(run_id)
         if run is None:
             raise TrackingError(f"no finished run in experiment {params.tracking.experiment!r}; `dvc repro` makes one")
-        run = first_of(client, run)
+        run = first_of(client, _best(client, run) if run_id == "best" else run)
         models = run.outputs.model_outputs if run.outputs else []
         if not models:
             raise TrackingError(f"run {run.info.run_name} ({run.info.run_id}) has recorded no model")
@@ -168,3 +172,19 @@ def promote(run_id: str, params: Params) -> tuple[str, str]:
             version = client.create_model_version(NAME, f"models:/{model}", run.info.run_id, model_id=model)
         client.set_registered_model_alias(NAME, CHAMPION, version.version)
         return run.info.run_name, str(version.version)
+
+
+def _best(client: "MlflowClient", latest: "MlflowRun") -> "MlflowRun":
+    """The finished run on the same data whose last iteration's model is best by validation; of equals the first."""
+    same = f"status = 'FINISHED' and tags.`{DATA_TAG}` = '{latest.data.tags.get(DATA_TAG)}'"
+    for metric in ("metrics.`train/val_auc`", "metrics.`train/val_accuracy`"):
+        order = [f"{metric} DESC", "attributes.start_time ASC"]
+        runs = client.search_runs(
+            [latest.info.experiment_id], f"{same} and {metric} >= 0", order_by=order, max_results=1
+        )
+        if runs:
+            return runs[0]
+    raise TrackingError(
+        f"best: no training on the data of run {latest.info.run_name} ({latest.info.run_id}) was validated; set "
+        "shard.validation.share above 0 and train again, or name a run"
+    )

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MODEL_TAG = "model.sha256"
+DATA_TAG = "data.shards"
+"""Of a training's run: the fingerprint of the shards that it learns from and is validated on."""
 FIRST_TAG = "model.first_run"
 """Of a run whose model came of another before, the same to the bit: that one's id."""
 RECORDED = ("download", "align", "shard", "train", "evaluate", "audit")
@@ -246,7 +248,7 @@ def training_run(params: Params, *, lineage: dict[str, str], resume_id: str | No
 
     Args:
         params: all of params.yaml; the sections that decide what comes out are recorded by dotted name.
-        lineage: tags that say which data it is, such as `{"data.shards": <sha256>}`.
+        lineage: tags that say which data it is, DATA_TAG for one.
         resume_id: the run of an interrupted training, which is then continued.
 
     Yields:

@@ -16,7 +16,7 @@ from pipeline.errors import InputError
 from pipeline.executor import choose_device, enough_gpu_memory, keep_memory
 from pipeline.params import CosFace, Params, Train, flatten, shown
 from pipeline.tables import atomic, fingerprint, locked
-from pipeline.tracking import NoRun, model_digest, training_run
+from pipeline.tracking import DATA_TAG, NoRun, model_digest, training_run
 from stages.shard.reader import Shards
 from stages.train.checkpoint import Checkpoints, Other
 from stages.train.heads import margin_upper_bound, scale_lower_bound
@@ -140,7 +140,7 @@ def _run(models: Path, checkpoints_root: Path, params: Params, ranks: Ranks, dev
         )
     else:
         log.warning("trained already; writing what came of it again (delete %s to train again)", checkpoints.folder)
-    lineage = {"data.shards": fingerprint(data)}
+    lineage = {DATA_TAG: fingerprint(data)}
     tracking = training_run(params, lineage=lineage, resume_id=before) if ranks.first else nullcontext(NoRun())
     with tracking as tracked:
         training.run_id = tracked.id

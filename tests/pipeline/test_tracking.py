@@ -507,6 +507,35 @@ def test_a_deleted_experiment_is_named(project: Path, tracked: Params) -> None:
         tracking.connect(tracked)
 
 
+def test_the_best_is_that_of_validation_on_the_same_data(project: Path, tracked: Params) -> None:
+    """Whatever LFW says, and whatever a model on other data has reached; pairs of people count before images. (None of
+    these runs has its model, which is said of the one that is chosen.)
+    """
+
+    def trained(name: str, data: str, validated: dict[str, float], lfw: float) -> None:
+        changed = tracked.train.model_copy(update={"head": tracked.train.head.model_copy(update={"margin": lfw})})
+        with training_run(tracked.model_copy(update={"train": changed}), lineage={"data.shards": data}) as run:
+            for step, share in enumerate((2, 1)):  # the last iteration's is what counts
+                run.log_metrics({f"train/{key}": value * share for key, value in validated.items()}, step)
+            run.log_metrics({"lfw/accuracy": lfw})
+            run.set_tag("mlflow.runName", name)
+
+    trained("none", "a", {}, 0.1)
+    with pytest.raises(
+        TrackingError, match=r"best: no training on the data of run none \(\w+\) was validated; set shard"
+    ):
+        registry.promote("best", tracked)
+    trained("low", "a", {"val_accuracy": 0.3}, 0.9)
+    trained("high", "a", {"val_accuracy": 0.4}, 0.2)
+    trained("elsewhere", "b", {"val_accuracy": 0.5}, 0.3)
+    trained("late", "a", {"val_accuracy": 0.35}, 0.4)
+    with pytest.raises(TrackingError, match="run high .* has recorded no model"):
+        registry.promote("best", tracked)
+    trained("pairs", "a", {"val_accuracy": 0.1, "val_auc": 0.4}, 0.1)
+    with pytest.raises(TrackingError, match="run pairs .* has recorded no model"):
+        registry.promote("best", tracked)
+
+
 def test_promotion_needs_a_run_with_a_model(project: Path, tracked: Params) -> None:
     with pytest.raises(TrackingError, match="no finished run"):
         registry.promote("latest", tracked)
