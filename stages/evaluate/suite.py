@@ -127,7 +127,7 @@ def _megaface(found: dict[str, Any]) -> str:
     if "why" in found:
         return f"not measured: {found['why']}"
     lines = []
-    for count, each in found["distractors"].items():
+    for count, each in sorted(found["distractors"].items(), key=lambda of_count: int(of_count[0])):
         bounds, why = each["intervals"]["rank_1"], each["unresolved"].get("rank_1")
         around = f"95% interval {bounds[0]:.2%} to {bounds[1]:.2%}" if bounds else f"({why})"
         lines.append(f"{int(count):>9,} distractors: rank-1 {each['rank_1']:.2%}, {around}")
