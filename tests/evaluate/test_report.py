@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.params import SETS, Local, Params, load_params
 from pipeline.tables import ALIGNED, read_parts, read_table
 from stages.evaluate import report
-from stages.evaluate.report import build, worst_errors
+from stages.evaluate.report import COUNTS, build, worst_errors
 from stages.evaluate.scoring import SCORES, Scored
 from stages.evaluate.verification import EvaluationError
 from tests.conftest import ROOT
@@ -127,9 +127,11 @@ def test_page_shows_worst_pairs_and_their_faces(workspace: Workspace, reports: P
         assert shown.groups() == (highest["left"], highest["right"])
         key = "image_id" if name == "lfw" else "video"
         aligned = read_parts(workspace.aligned / name, ALIGNED, [key, "status", "image"]).to_pylist()
-        frames = [row for row in aligned if row[key] == highest["left"] and row["image"]]
-        used = [row for row in frames if row["status"] == "detected"] or frames
-        assert base64.b64encode(used[0]["image"]).decode() in sections[index]
+        faces = re.findall(r'<img src="data:image/jpeg;base64,(.*?)" alt="(.*?)"', sections[index])
+        for shown_face, side in zip(faces[:2], ("left", "right"), strict=True):
+            frames = [row for row in aligned if row[key] == highest[side] and row["image"]]
+            used = [row for row in frames if row["status"] == "detected"] or frames
+            assert shown_face == (base64.b64encode(used[0]["image"]).decode(), highest[side])
 
 
 def decided_rightly(rows: list[dict[str, Any]]) -> NDArray[np.bool_]:
@@ -249,7 +251,11 @@ def test_page_has_the_figures(made: tuple[str, list[str]]) -> None:
     for line in lines[:2]:
         assert line.split(": ")[1].split(" accuracy")[0] in text
     assert "1,234 faces of 8 identities" in text
-    assert "4,321" in text
+    for place, name in enumerate(SETS):
+        counts = [f"4,{100 * place + column:03d}" for column in range(len(COUNTS))]
+        row = re.search(rf'<tr><th><a href="align/{name}/index.html">.*?</th>(.*?)</tr>', text)
+        assert row is not None
+        assert re.findall("<td>(.*?)</td>", row[1]) == counts
     assert "—<small>only 30 different pairs</small>" in text  # FAR 0.1%
     assert "train.head.margin" in text
     assert "machine.workers" not in text

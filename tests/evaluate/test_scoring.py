@@ -311,8 +311,19 @@ def test_cosface_score(
     }
     command(monkeypatch, tmp_path, *arguments, "--flip", "none", "--centre")
     said = capsys.readouterr().out
-    assert f"{'accuracy':<18} " in said
     assert "flip: none, centre: true" in said
+    command(monkeypatch, tmp_path, *arguments, "--flip", "none", "--centre", "--json")
+    found = json.loads(capsys.readouterr().out)
+    figures = {name: found[name] for name in ("accuracy", "auc", "eer")} | {
+        "tar_at_far_0.1": found["tar_at_far"]["0.1"]
+    }
+    bounds = {figure: found["intervals"][figure] for figure in figures}
+    told = re.findall(r"^(\S+) +(\S+)%   95% interval (\S+)% to (\S+)%", said, re.M)
+    assert told == [
+        (figure, *(f"{100 * value:.2f}" for value in (figures[figure], *each)))
+        for figure, each in bounds.items()
+        if each
+    ]
     save(path, emb)
     command(monkeypatch, tmp_path, *arguments, "--json")
     assert json.loads(capsys.readouterr().out)["flip"] == "none"
