@@ -529,10 +529,10 @@ def test_the_best_is_that_of_validation_on_the_same_data(project: Path, tracked:
     trained("high", "a", {"val_accuracy": 0.4}, 0.2)
     trained("elsewhere", "b", {"val_accuracy": 0.5}, 0.3)
     trained("late", "a", {"val_accuracy": 0.35}, 0.4)
-    with pytest.raises(TrackingError, match="run high .* has recorded no model"):
+    with pytest.raises(TrackingError, match=r"run high .* has recorded no model"):
         registry.promote("best", tracked)
     trained("pairs", "a", {"val_accuracy": 0.1, "val_auc": 0.4}, 0.1)
-    with pytest.raises(TrackingError, match="run pairs .* has recorded no model"):
+    with pytest.raises(TrackingError, match=r"run pairs .* has recorded no model"):
         registry.promote("best", tracked)
 
 
