@@ -172,7 +172,13 @@ def watched(source: Given | Absent) -> list[str]:
 
 
 class Detector(Section):
-    """MTCNN's cascade. What its networks fix (cells of 12 pixels, 2 apart; crops of 24 and 48) is in mtcnn.py."""
+    """MTCNN's cascade (Zhang et al., 2016), by default with the numbers of its authors' release but for `min_face`.
+
+    The networks were trained with the rest, which is no parameter (stages/align/mtcnn.py): P-Net's cells of 12 pixels,
+    2 apart; crops of 24 and 48 pixels, of squares on whole pixels that are as long as a box's longer side, black beyond
+    the photograph; boxes moved by offsets in widths and heights that count the last pixel, but for P-Net's; suppression
+    by score, the best first.
+    """
 
     min_face: Annotated[int, Field(ge=12)]
     """Smallest face looked for, in pixels of the photograph."""
