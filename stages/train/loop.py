@@ -321,7 +321,6 @@ def train(
                     accuracy=f"{row.accuracy:.3f}",
                     speed=f"{speed.images_per_second:.0f} images/s",
                     waiting=f"{speed.data_wait:.0%}",
-                    **({} if speed.utilisation is None else {"mfu": f"{speed.utilisation:.2f}"}),
                     refresh=False,
                 )
             shown.update()
