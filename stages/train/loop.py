@@ -187,14 +187,15 @@ class Training:
     @contextmanager
     def judging(self) -> Iterator[FaceModel]:
         """In evaluation mode for a while; gives what is to be judged, to whose centres the head's are set."""
-        weight, tries = self.head.weight, torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = False  # what is judged is in whole precision: see begin
+        weight, cudnn = self.head.weight, torch.backends.cudnn
+        tries, rounded = cudnn.benchmark, cudnn.allow_tf32
+        cudnn.benchmark = cudnn.allow_tf32 = False  # what is judged is in whole precision: see begin
         self.model.eval()
         self.head.eval()
         if self.mean_centres is not None:
             self.head.weight = self.mean_centres
         yield self.outcome
-        torch.backends.cudnn.benchmark = tries
+        cudnn.benchmark, cudnn.allow_tf32 = tries, rounded
         self.head.weight = weight
         self.model.train()
         self.head.train()

@@ -1022,8 +1022,8 @@ def test_a_precision_is_that_of_convolutions_in_training(
     ByImage(shard_reader.Shards(params.data), params)(training, cpu)
     assert set(dtypes) == {torch.float32}
     with training.judging():
-        assert not cudnn.benchmark
-    assert cudnn.benchmark is tries
+        assert (cudnn.benchmark, cudnn.allow_tf32) == (False, False)
+    assert (cudnn.benchmark, cudnn.allow_tf32) == (tries, tf32)
 
 
 @on_gpu
