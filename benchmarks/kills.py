@@ -65,7 +65,7 @@ def newest(folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1, help="of the moments")
     arguments = parser.parse_args()
@@ -104,6 +104,7 @@ def main() -> None:
         "versions": {package: version(package) for package in ("torch", "numpy")},
         "iterations": arguments.iterations,
         "batch": arguments.batch,
+        "seed_of_moments": arguments.seed,
         "seconds_in_peace": round(alone, 1),
         "sha256_in_peace": whole,
         "kills": killed,

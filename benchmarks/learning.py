@@ -45,6 +45,7 @@ from stages.train.checkpoint import Checkpoints
 from stages.train.loader import Loader, loader_processes
 from stages.train.loop import begin, train
 from stages.train.model import save_model
+from stages.train.run import emulated
 from stages.train.validation import ByIdentity, ByImage
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +75,9 @@ IMAGES, EPOCHS = 10_750, 12
 def compared(head: dict[str, Any]) -> dict[str, Any]:
     """The default recipe, of another length, with another head; on a GPU with a network that is worth one."""
     document = load_params(ROOT / "params.yaml").model_dump()
-    document["train"] |= {"head": head, "precision": "bf16", "compile": GPU is not None, "checkpoint_every": ITERATIONS}
+    precision = "fp32" if emulated("bf16", choose_device("auto")) else "bf16"
+    document["train"] |= {"head": head, "precision": precision, "checkpoint_every": ITERATIONS}
+    document["train"]["compile"] = GPU is not None
     document["train"]["backbone"]["name"] = NETWORK
     document["train"]["schedule"] |= {
         "iterations": ITERATIONS,

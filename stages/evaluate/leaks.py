@@ -83,8 +83,8 @@ def check_leaks(
     known = {spelling: identity for identity in learnt for spelling in name_of(identity, called)}
     if not known:
         log.warning(
-            "%s: whether its people are trained on cannot be told: all %d identities that are, are numbers without a "
-            "name in %s",
+            "%s: whether its people are trained on cannot be told: the %d identities that are trained on are numbers "
+            "without a name in %s",
             *(name, len(set(learnt)), trained.names),
         )
         return None

@@ -144,14 +144,15 @@ def clean(faces: Faces, evaluation: dict[str, Faces], params: Clean) -> pa.Table
     if params.same_names:
         called = read_names(Path(params.names))
         check_names(called, names.tolist(), params.names)
-        nameless = [identity for identity in names if not name_of(identity, called)]
+        spelt = [name_of(identity, called) for identity in names]
+        nameless = [identity for identity, own in zip(names, spelt, strict=True) if not own]
         if nameless:
             log.warning(
                 "shard.clean.same_names: %d of the training set's %d identities, such as %r, are numbers without a "
                 "name in %s: whether they are people of the test sets is not known by name",
                 *(len(nameless), len(names), nameless[0], params.names),
             )
-        _drop_names(left, code, names, evaluation, called)
+        _drop_names(left, code, spelt, evaluation)
     if params.duplicates:
         _drop_copies(left, faces, code, evaluation, params.near_duplicates)
     counts = np.bincount(code[left.alive], minlength=len(names))
@@ -227,20 +228,17 @@ def _rows_of(code: NDArray[np.intp], names: NDArray[np.object_], identities: Ite
 
 
 def _drop_names(
-    left: _Left,
-    code: NDArray[np.intp],
-    names: NDArray[np.object_],
-    evaluation: dict[str, Faces],
-    called: dict[str, str],
+    left: _Left, code: NDArray[np.intp], spelt: list[tuple[str, ...]], evaluation: dict[str, Faces]
 ) -> None:
+    """Identities of which a spelling, of those that each has by its code, is of a person of an evaluation set."""
     theirs = {
         spelling: f"{name}: {identity}"
         for name, known in reversed(evaluation.items())
         for identity in sorted(set(known.identity.to_pylist()))
         for spelling in spellings(identity)
     }
-    for number, identity in enumerate(names):
-        same = [theirs[spelling] for spelling in name_of(identity, called) if spelling in theirs]
+    for number, spellings_of in enumerate(spelt):
+        same = [theirs[spelling] for spelling in spellings_of if spelling in theirs]
         if same:
             left.drop(np.flatnonzero(code == number), "evaluated_name", same[0])
 

@@ -271,14 +271,20 @@ _INSTRUCTIONS = {"bf16": ("avx512_bf16", "amx_bf16"), "fp16": ("avx512_fp16", "a
 """Of x86 processors, by torch's names; either will do."""
 
 
-def _warn_of_emulation(precision: str, device: torch.device) -> None:
+def emulated(precision: str, device: torch.device) -> bool:
+    """Whether the device has no instructions for a precision, so that it is slower than fp32."""
     names, there = _INSTRUCTIONS.get(precision, ()), torch.cpu.get_capabilities()
-    if device.type == "cpu" and names and there.get("architecture") == "x86_64" and not any(map(there.get, names)):
+    x86 = device.type == "cpu" and there.get("architecture") == "x86_64"
+    return x86 and bool(names) and not any(map(there.get, names))
+
+
+def _warn_of_emulation(precision: str, device: torch.device) -> None:
+    if emulated(precision, device):
         log.warning(
             "train.precision: %s, for which this processor (%s) has no instructions (%s): fp32 will be faster here",
             precision,
-            there.get("cpu_name"),
-            " or ".join(names),
+            torch.cpu.get_capabilities().get("cpu_name"),
+            " or ".join(_INSTRUCTIONS[precision]),
         )
 
 
