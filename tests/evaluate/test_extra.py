@@ -150,7 +150,7 @@ def test_pairs_of_ones_own_photographs(tmp_path: Path, here: Params) -> None:
         (aligned,) = align_files([folder / name], here.align, fallback=True, device="cpu")
         found = decode(aligned["image"]).mean(axis=(0, 1)) - 127
         faces[name] = found / np.sqrt(found @ found)  # a mean of colours does not see a mirror
-    expected = [-1.0, *(faces[left] @ faces[right] for left, right, _, _ in rows[1:])]
+    expected = [-1.0, *(float(faces[left] @ faces[right]) for left, right, _, _ in rows[1:])]
     np.testing.assert_allclose(scored.scores, expected, atol=1e-5)
     (folder / "photos" / "wall.jpg").unlink()
     with pytest.raises(EvaluationError, match=r"mine\.csv: 1 photographs are not there, as .*wall\.jpg"):
