@@ -347,10 +347,11 @@ def _weights(name: str) -> list[NDArray[np.float32]]:
         raise FileNotFoundError(
             "the package mtcnn, whose weights are needed, is not installed: pip install mtcnn==1.0.0"
         )
-    # joblib reads pickles: safe here, as the file is as much installed code as any of the package
-    weights: list[NDArray[np.float32]] = joblib.load(
-        Path(package.submodule_search_locations[0]) / "assets" / "weights" / f"{name}.lz4"
-    )
+    path = Path(package.submodule_search_locations[0]) / "assets" / "weights" / f"{name}.lz4"
+    # joblib reads pickles: safe here, as the file is as much installed code as any of the package. By its path it would
+    # close the file before lz4 has done with it, which Python 3.13 tells of.
+    with path.open("rb") as file:
+        weights: list[NDArray[np.float32]] = joblib.load(file)
     return weights
 
 
