@@ -18,7 +18,7 @@ test: lint
 lint: $(INSTALLED)
 	@ruff check . && ruff format --check . && pyrefly check
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt stages/align/kernels.cpp
 	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11, 3.12 or 3.13 on PATH (or PYTHON=/path/to/python)"; exit 1; }
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), once: about 2 GB on a machine without a GPU, 7 GB with"

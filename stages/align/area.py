@@ -1,28 +1,68 @@
-"""One photograph at many sizes, each pixel the mean of the area that falls onto it.
+"""Parts of photographs at other sizes, each pixel the mean of the area that falls onto it: what MTCNN looks at."""
 
-What cv2.INTER_AREA computes, which reads every pixel of the photograph anew for each size, however small. From sums
-down its columns a size needs but the rows at its pixels' edges.
-"""
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.align import kernels
+from stages.align.warp import cut
 
-def shrunk(image: NDArray[np.uint8], sizes: Iterable[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
-    """The photograph, (height, width, 3), at each of the sizes (height, width), none larger than its own."""
-    height, width = image.shape[:2]
-    table = cv2.integral(image).reshape(height + 1, -1)
-    sums = (table[:, 3:] - table[:, :-3]).astype(np.float32)  # of each column and channel, above each row
-    for rows, columns in sizes:
-        at = np.linspace(0, height, rows + 1)
-        above = np.minimum(at.astype(np.intp), height - 1)
-        edges, next_row = sums[above], sums[above + 1]
-        next_row -= edges
-        next_row *= (at - above).astype(np.float32)[:, None]
-        edges += next_row
-        strips = (edges[1:] - edges[:-1]).reshape(rows, width, 3)
-        means = cv2.resize(strips, (columns, rows), interpolation=cv2.INTER_AREA) * np.float32(rows / height)
-        yield np.rint(means, out=means).astype(np.uint8)
+
+def crops(
+    images: Sequence[NDArray[np.uint8]],
+    owners: NDArray[np.intp],
+    boxes: NDArray[np.int64],
+    height: int,
+    width: int,
+    *,
+    rounded: bool,
+) -> NDArray[np.float32]:
+    """What lies in boxes, black outside the photographs, by cv2.INTER_AREA's rule.
+
+    Args:
+        images: (height, width, 3) RGB each.
+        owners: (n,) index of each box's photograph.
+        boxes: (n, 4) left, top, right, bottom: the first pixel, counted from 0, and the one after the last. Squares, or
+            what does not grow in either direction.
+        height: of what they become, as
+        width: is, pixels.
+        rounded: to whole grey levels.
+
+    Returns:
+        (n, height, width, 3), (v − 127.5) / 128 of each grey level v.
+
+    Raises:
+        ValueError: a box is empty, or a photograph is not (height, width, 3) uint8.
+    """
+    if (boxes[:, 2:] <= boxes[:, :2]).any():
+        raise ValueError("a box is empty")
+    used, which = np.unique(owners, return_inverse=True)
+    some = [np.ascontiguousarray(images[owner]) for owner in used]
+    if any(image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 for image in some):
+        raise ValueError("photographs must be (height, width, 3) uint8")
+    out, result = kernels.room(len(owners), height, width, 3)
+    library = kernels.library()
+    if library is None:
+        for picture, index, (left, top, right, bottom) in zip(result, which, boxes.tolist(), strict=True):
+            source = cut(some[index], left, top, right, bottom)
+            source = source if rounded else source.astype(np.float32)
+            picture[:] = cv2.resize(source, (width, height), interpolation=cv2.INTER_AREA)
+        result -= 127.5
+        result *= 1 / 128
+        return result
+    places = np.array([image.ctypes.data for image in some], np.uintp)[which]
+    sizes = np.array([image.shape[:2] for image in some], np.int64).reshape(-1, 2)[which]
+    boxes = np.ascontiguousarray(boxes, np.int64)
+    library.crops(
+        places.ctypes.data,
+        sizes.ctypes.data,
+        boxes.ctypes.data,
+        len(owners),
+        height,
+        width,
+        rounded,
+        out.ctypes.data,
+    )
+    return result

@@ -1,5 +1,6 @@
 """The align stage as a function of its folders and parameters; and of photographs that are no set."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,17 +14,25 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline import tables
+from pipeline.errors import InputError
 from pipeline.executor import choose_device, enough_gpu_memory, run_all
 from pipeline.params import Align, Machine
+from stages.align import kernels
 from stages.align.decode import UnreadableImage, decode_reduced
 from stages.align.earlier import COPIED, Rows, is_done, set_aside
 from stages.align.faces import Found, choose, find, scaled
 from stages.align.page import write_page
 from stages.align.warp import SIDE, centre_crop, similarity, warp
 
+log = logging.getLogger(__name__)
+
 _ASIDE = {"__init__", "__main__", "earlier", "page"}
 """Modules of this folder that do not decide what becomes of a photograph."""
-CODE = tuple(path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in _ASIDE)
+CODE = tuple(
+    path
+    for path in sorted(Path(__file__).parent.iterdir())
+    if path.suffix in {".py", ".cpp"} and path.stem not in _ASIDE
+)
 """What does: a row that other code has made is made again."""
 _MADE = pa.schema([field for field in tables.ALIGNED if field.name not in COPIED])
 """The columns that alignment makes."""
@@ -62,6 +71,9 @@ def run(raw: Path, out: Path, params: Align, machine: Machine, *, evaluation: bo
     """
     local = machine.executor == "local"
     device = choose_device(machine.device).type if local else machine.device  # each worker knows its own
+    why = kernels.missing()
+    if why is not None:
+        log.warning("%s: alignment by a CPU takes two to three times as long as it could: %s", raw.name, why)
     sources = tables.parts(raw)
     targets = [out / source.name for source in sources]
     made_by = tables.fingerprint(params.model_dump(), evaluation, code=CODE)
@@ -71,7 +83,7 @@ def run(raw: Path, out: Path, params: Align, machine: Machine, *, evaluation: bo
         earlier = set_aside(out, aside, done, made_by)
         left = [(source, target) for source, target in zip(sources, targets, strict=True) if target not in done]
         tasks = [
-            (source.resolve(), target.resolve(), params, evaluation, device, made_by, reused)
+            (source.resolve(), target.resolve(), params, evaluation, device, why is None, made_by, reused)
             for (source, target), reused in zip(left, earlier.of([source for source, _ in left]), strict=True)
         ]
         run_all(
@@ -94,9 +106,27 @@ def most_workers(device: str) -> int | None:
 
 
 def _align_part(
-    source: Path, target: Path, params: Align, evaluation: bool, device: str, made_by: str, reused: Rows
+    source: Path,
+    target: Path,
+    params: Align,
+    evaluation: bool,
+    device: str,
+    compiled: bool,
+    made_by: str,
+    reused: Rows,
 ) -> None:
-    """One part of the raw table to one of the aligned table."""
+    """One part of the raw table to one of the aligned table.
+
+    Raises:
+        InputError: kernels.cpp is compiled here and not on the machine that asks, or the other way around.
+    """
+    why = kernels.missing()
+    if (why is None) != compiled:
+        this, that = (f"has none ({why})", "has them") if why else ("has them", "has none")
+        raise InputError(
+            f"faces would differ in their last bits: of kernels.cpp's compiled functions, a worker's machine {this}, "
+            f"and the one that asks {that}; install the project on both with a C++ compiler, or on both without"
+        )
     raw = tables.read_table(source, tables.RAW)
     device = choose_device(device).type
     rows: list[dict[str, Any] | None] = [None] * len(raw)

