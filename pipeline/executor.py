@@ -82,11 +82,12 @@ def enough_gpu_memory(otherwise: str) -> Iterator[None]:
     Raises:
         InputError: it does; the message is what to change `otherwise`, and what torch says.
     """
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")  # which is not imported for this
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
         what = ". ".join(str(error).split(". ")[:2])  # the rest is about PyTorch's allocator
         raise InputError(f"the GPU's memory is too small: {otherwise} ({what})") from error
 

@@ -18,7 +18,6 @@ from pipeline import params
 from stages.align import kernels
 from stages.align.networks import CELL, STRIDE, Image, Level, Networks, probability
 from stages.align.networks_compiled import CompiledNetworks
-from stages.align.networks_torch import TorchNetworks
 from stages.align.nms import Overlap, suppress
 
 
@@ -84,8 +83,7 @@ class Detector:
 
     def __init__(self, settings: params.Detector, device: str) -> None:
         self._settings = settings
-        compiled = device == "cpu" and kernels.library() is not None
-        self._networks: Networks = CompiledNetworks() if compiled else TorchNetworks(device)
+        self._networks = _networks(device)
 
     def detect(self, images: Sequence[Image]) -> list[Faces]:
         """Find the faces in each photograph, (height, width, 3) uint8 RGB, of any mixture of sizes."""
@@ -124,6 +122,14 @@ class Detector:
         scores = probability(outputs[:, -2:])
         judged = replace(candidates, scores=scores, outputs=outputs[:, :-2])
         return judged.take(np.flatnonzero(scores > threshold))
+
+
+def _networks(device: str) -> Networks:
+    if device == "cpu" and kernels.library() is not None:
+        return CompiledNetworks()
+    from stages.align.networks_torch import TorchNetworks  # importing torch takes seconds
+
+    return TorchNetworks(device)
 
 
 def _faces(seen: _Candidates, count: int, threshold: float) -> list[Faces]:

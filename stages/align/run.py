@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import simplejpeg
-import torch
 from numpy.typing import NDArray
 
 from pipeline import tables
@@ -102,7 +101,16 @@ def run(raw: Path, out: Path, params: Align, machine: Machine, *, evaluation: bo
 
 def most_workers(device: str) -> int | None:
     """How many processes of this machine may align on `device`, "cpu" or "cuda"; None for as many as there are."""
-    return _GPU_WORKERS * torch.cuda.device_count() if device == "cuda" else None
+    if device != "cuda":
+        return None
+    import torch
+
+    return _GPU_WORKERS * torch.cuda.device_count()
+
+
+def own_device(device: str) -> str:
+    """ "cpu" or "cuda", of a worker that is told that or "auto". Importing torch takes seconds, so not for a CPU."""
+    return device if device == "cpu" else choose_device(device).type
 
 
 def _align_part(
@@ -128,7 +136,7 @@ def _align_part(
             f"and the one that asks {that}; install the project on both with a C++ compiler, or on both without"
         )
     raw = tables.read_table(source, tables.RAW)
-    device = choose_device(device).type
+    device = own_device(device)
     rows: list[dict[str, Any] | None] = [None] * len(raw)
     for path, places in reused.items():
         there = tables.read_table(path, tables.ALIGNED, _MADE.names).take([earlier for _, earlier in places])

@@ -26,7 +26,7 @@ from pipeline.params import Align, Params
 from pipeline.progress import bar
 from pipeline.tracking import MODEL_TAG
 from stages.align.decode import UnreadableImage, decode
-from stages.align.run import align_images, most_workers
+from stages.align.run import align_images, most_workers, own_device
 from stages.download.archives import folder_members
 from stages.download.layouts import why_no_photograph
 from stages.evaluate.embed import columns, embed
@@ -221,7 +221,7 @@ def _rows(part: Path) -> list[dict[str, Any]]:
 
 
 def _align_part(paths: list[Path], target: Path, params: Align, fallback: bool, device: str) -> None:
-    rows = list(align_files(paths, params, fallback=fallback, device=choose_device(device).type))
+    rows = list(align_files(paths, params, fallback=fallback, device=own_device(device)))
     if target.parent.exists():  # or the run was interrupted meanwhile, and has cleared up
         tables.write_table(target, pa.Table.from_pylist(rows, _FOUND), _FOUND)
 

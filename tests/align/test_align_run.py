@@ -541,6 +541,24 @@ def test_without_compiled_functions_it_says_so_and_finds_the_same_faces(
             np.testing.assert_allclose(row["landmarks"], expected["landmarks"], atol=0.1)
 
 
+@pytest.mark.usefixtures("compiled")
+def test_a_cpus_worker_needs_no_torch(raw: Path, tmp_path: Path) -> None:
+    """Importing it would take a small set longer than all else."""
+    program = f"""
+        import sys
+        from pathlib import Path
+        from pipeline.params import Align
+        from stages.align.run import _align_part
+
+        params = Align.model_validate({PARAMS.model_dump()!r})
+        source, target = Path({str(raw / "part-00000.parquet")!r}), Path({str(tmp_path / "part.parquet")!r})
+        _align_part(source, target, params, True, "cpu", True, "made by", {{}})
+        print("torch" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr
+
+
 @pytest.mark.parametrize("here", ["there", "missing"])
 def test_workers_that_are_not_alike_are_refused(
     here: str, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
