@@ -38,8 +38,9 @@ def crops(
     """
     if (boxes[:, 2:] <= boxes[:, :2]).any():
         raise ValueError("a box is empty")
-    used, which = np.unique(owners, return_inverse=True)
+    used = {owner: index for index, owner in enumerate(dict.fromkeys(owners.tolist()))}
     some = [np.ascontiguousarray(images[owner]) for owner in used]
+    which = [used[owner] for owner in owners.tolist()]
     if any(image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 for image in some):
         raise ValueError("photographs must be (height, width, 3) uint8")
     out, result = kernels.room(len(owners), height, width, 3)

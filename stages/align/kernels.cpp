@@ -1,7 +1,8 @@
-// What MTCNN's networks compute on a CPU, for compiled.py. Maps are float32 (n, height, width, channels), contiguous.
+// What takes MTCNN's time on a CPU: its layers, for networks_compiled.py, and what they look at, for area.py.
 //
-// Every output is a sum in the order of its inputs, whatever is computed beside it: what is found in a photograph does
-// not depend on what it is batched with. Functions that write floats may write seven beyond their result.
+// Maps are float32 (n, height, width, channels), contiguous. Every output is a sum in the order of its inputs, whatever
+// is computed beside it: what is found in a photograph does not depend on what it is batched with. Up to LANES − 1
+// floats may be written beyond a result.
 
 #include <algorithm>
 #include <cmath>
@@ -82,14 +83,14 @@ CPU static void convolve(const Layer &layer, const Map &map, float *out) {
     for (int64_t y = 0; y < height; ++y, out += width * layer.padded()) {
         const float *in = map.pixels + y * row, *weights = layer.weights;
         for (int64_t channel = 0; channel < layer.padded();) {
-            const bool two = channel + 2 * LANES <= layer.padded();
+            const int64_t vectors = channel + 2 * LANES <= layer.padded() ? 2 : 1;
             for (int64_t x = 0; x < width; x += TILE)
-                if (two)
+                if (vectors == 2)
                     pixels<2>(width - x, layer, in + x * layer.in, row, weights, channel, out + x * layer.padded());
                 else
                     pixels<1>(width - x, layer, in + x * layer.in, row, weights, channel, out + x * layer.padded());
-            channel += two ? 2 * LANES : LANES;
-            weights += (two ? 2 * LANES : LANES) * size;
+            channel += vectors * LANES;
+            weights += vectors * LANES * size;
         }
     }
 }
@@ -105,41 +106,65 @@ INLINE void products(int64_t left, const float *in, int64_t step, int64_t length
         for (int v = 0; v < vectors; ++v) store(sums[tile][v], out + (tile * vectors + v) * LANES);
 }
 
-// The same for a kernel of 3, with 4 multiplications an output instead of 9: minimal filtering F(2×2, 3×3) (Lavin and
-// Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016). The layer's weights are transformed ones, (4,
-// 4, in, channels). Outputs are made in tiles of 2×2; of those at the edge, what lies beyond is not written, and what
-// is written depends on nothing beyond.
-CPU static void winograd(const Layer &layer, const Map &map, float *transformed, float *out) {
+// The tile of a map whose upper left corner is (y, x), 4×4 and repeated at the edges, as minimal filtering wants it:
+// Bᵀ d B of each channel, its 16 places `apart` from one another.
+INLINE void transform(const Layer &layer, const Map &map, int64_t y, int64_t x, float *out, int64_t apart) {
+    const float *pixels[4][4];
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j)
+            pixels[i][j] = map.pixels + (std::min(y + i, map.height - 1) * map.width +
+                                         std::min(x + j, map.width - 1)) * layer.in;
+    for (int64_t begin = 0; begin < layer.in; begin += LANES) {
+        const int64_t channel = std::min(begin, layer.in - LANES);
+        Vector rows[4][4];
+        for (int j = 0; j < 4; ++j) {
+            const Vector a = load(pixels[0][j] + channel), b = load(pixels[1][j] + channel),
+                         c = load(pixels[2][j] + channel), d = load(pixels[3][j] + channel);
+            rows[0][j] = a - c, rows[1][j] = b + c, rows[2][j] = c - b, rows[3][j] = b - d;
+        }
+        for (int i = 0; i < 4; ++i) {
+            const Vector a = rows[i][0], b = rows[i][1], c = rows[i][2], d = rows[i][3];
+            float *place = out + 4 * i * apart + channel;
+            store(a - c, place);
+            store(b + c, place + apart);
+            store(c - b, place + 2 * apart);
+            store(b - d, place + 3 * apart);
+        }
+    }
+}
+
+// A tile of 2×2 outputs, Aᵀ m A of its 16 places, of a vector of channels: those of them that lie on a map of (height,
+// width), to its pixel (y, x).
+INLINE void untransform(const Layer &layer, const float *places, int64_t apart, int64_t channel, int64_t height,
+                        int64_t width, int64_t y, int64_t x, float *out) {
+    Vector rows[2][4];
+    for (int j = 0; j < 4; ++j) {
+        const Vector a = load(places + j * apart), b = load(places + (j + 4) * apart),
+                     c = load(places + (j + 8) * apart), d = load(places + (j + 12) * apart);
+        rows[0][j] = a + b + c, rows[1][j] = b - c - d;
+    }
+    const Vector bias = load(layer.bias + channel);
+    for (int i = 0; i < 2 && y + i < height; ++i) {
+        const Vector a = rows[i][0], b = rows[i][1], c = rows[i][2], d = rows[i][3];
+        float *pixel = out + ((y + i) * width + x) * layer.padded() + channel;
+        activate(a + b + c + bias, layer.slope + channel, pixel);
+        if (x + 1 < width) activate(b - c - d + bias, layer.slope + channel, pixel + layer.padded());
+    }
+}
+
+// What `convolve` does, of a kernel of 3, with 4 multiplications an output instead of 9: minimal filtering F(2×2, 3×3)
+// (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016). The layer's weights are transformed
+// ones, (4, 4, in, channels). Of tiles at the edge, what lies beyond it is not written, and what is written depends on
+// nothing beyond.
+CPU static void filter(const Layer &layer, const Map &map, float *transformed, float *out) {
     const int64_t height = map.height - 2, width = map.width - 2, across = (width + 1) / 2,
                   tiles = across * ((height + 1) / 2), step = (layer.in + LANES - 1) / LANES * LANES;
     float product[16][TILE * 2 * LANES];
     for (int64_t first = 0; first < tiles; first += TILE) {
         const int64_t count = std::min<int64_t>(TILE, tiles - first);
-        for (int64_t tile = 0; tile < count; ++tile) {
-            const int64_t y = (first + tile) / across * 2, x = (first + tile) % across * 2;
-            const float *places[4][4];
-            for (int i = 0; i < 4; ++i)
-                for (int j = 0; j < 4; ++j)
-                    places[i][j] = map.pixels + (std::min(y + i, map.height - 1) * map.width +
-                                                 std::min(x + j, map.width - 1)) * layer.in;
-            for (int64_t begin = 0; begin < layer.in; begin += LANES) {
-                const int64_t channel = std::min(begin, layer.in - LANES);
-                Vector rows[4][4];
-                for (int j = 0; j < 4; ++j) {
-                    const Vector a = load(places[0][j] + channel), b = load(places[1][j] + channel),
-                                 c = load(places[2][j] + channel), d = load(places[3][j] + channel);
-                    rows[0][j] = a - c, rows[1][j] = b + c, rows[2][j] = c - b, rows[3][j] = b - d;
-                }
-                for (int i = 0; i < 4; ++i) {
-                    const Vector a = rows[i][0], b = rows[i][1], c = rows[i][2], d = rows[i][3];
-                    float *to = transformed + (4 * i * TILE + tile) * step + channel;
-                    store(a - c, to);
-                    store(b + c, to + TILE * step);
-                    store(c - b, to + 2 * TILE * step);
-                    store(b - d, to + 3 * TILE * step);
-                }
-            }
-        }
+        for (int64_t tile = 0; tile < count; ++tile)
+            transform(layer, map, (first + tile) / across * 2, (first + tile) % across * 2, transformed + tile * step,
+                      TILE * step);
         const float *weights = layer.weights;
         for (int64_t channel = 0; channel < layer.padded();) {
             const int64_t vectors = channel + 2 * LANES <= layer.padded() ? 2 : 1;
@@ -149,46 +174,40 @@ CPU static void winograd(const Layer &layer, const Map &map, float *transformed,
                 else
                     products<1>(count, transformed + place * TILE * step, step, layer.in, weights, product[place]);
             for (int64_t tile = 0; tile < count; ++tile)
-                for (int64_t v = 0; v < vectors; ++v) {
-                    const int64_t y = (first + tile) / across * 2, x = (first + tile) % across * 2;
-                    Vector rows[2][4];
-                    for (int j = 0; j < 4; ++j) {
-                        const float *from = product[j] + (tile * vectors + v) * LANES;
-                        const Vector a = load(from), b = load(from + 4 * TILE * 2 * LANES),
-                                     c = load(from + 8 * TILE * 2 * LANES), d = load(from + 12 * TILE * 2 * LANES);
-                        rows[0][j] = a + b + c, rows[1][j] = b - c - d;
-                    }
-                    const float *slope = layer.slope + channel + v * LANES;
-                    const Vector bias = load(layer.bias + channel + v * LANES);
-                    for (int i = 0; i < 2; ++i) {
-                        const Vector a = rows[i][0], b = rows[i][1], c = rows[i][2], d = rows[i][3];
-                        float *to = out + ((y + i) * width + x) * layer.padded() + channel + v * LANES;
-                        if (y + i < height) activate(a + b + c + bias, slope, to);
-                        if (y + i < height && x + 1 < width) activate(b - c - d + bias, slope, to + layer.padded());
-                    }
-                }
+                for (int64_t v = 0; v < vectors; ++v)
+                    untransform(layer, product[0] + (tile * vectors + v) * LANES, TILE * 2 * LANES, channel + v * LANES,
+                                height, width, (first + tile) / across * 2, (first + tile) % across * 2, out);
             channel += vectors * LANES;
         }
     }
 }
 
-// The maxima of windows of `side` pixels, `apart` from one another, the last of which may reach beyond the edge; from
-// padded() channels to those there are.
-CPU static void pool(const Layer &layer, const Map &map, int64_t side, int64_t apart, float *out) {
-    const int64_t stride = layer.padded();
-    for (int64_t y = 0; y == 0 || y + side < map.height + apart; y += apart)
+INLINE Vector max(Vector a, Vector b) {
+#if defined(__x86_64__)  // one instruction, where GCC makes two of the line below
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// The maxima of windows of `side` pixels, up to three, `apart` from one another, the last of which may reach beyond the
+// edge; from padded() channels to those there are. `highest` has room for a line.
+CPU static void pool(const Layer &layer, const Map &map, int64_t side, int64_t apart, float *highest, float *out) {
+    const int64_t stride = layer.padded(), line = map.width * stride;
+    for (int64_t y = 0; y == 0 || y + side < map.height + apart; y += apart) {
+        const int64_t below = std::min(y + side, map.height) - 1;
+        const float *a = map.pixels + y * line, *b = map.pixels + std::min(y + 1, below) * line,
+                    *c = map.pixels + below * line;
+        for (int64_t i = 0; i < line; i += LANES)
+            store(max(max(load(a + i), load(b + i)), load(c + i)), highest + i);
         for (int64_t x = 0; x == 0 || x + side < map.width + apart; x += apart, out += layer.channels) {
-            const int64_t bottom = std::min(y + side, map.height), right = std::min(x + side, map.width);
-            for (int64_t channel = 0; channel < layer.channels; channel += LANES) {
-                Vector most = load(map.pixels + (y * map.width + x) * stride + channel);
-                for (int64_t i = y; i < bottom; ++i)
-                    for (int64_t j = x; j < right; ++j) {
-                        const Vector other = load(map.pixels + (i * map.width + j) * stride + channel);
-                        most = other > most ? other : most;
-                    }
-                store(most, out + channel);
-            }
+            const int64_t right = std::min(x + side, map.width) - 1;
+            const float *first = highest + x * stride, *second = highest + std::min(x + 1, right) * stride,
+                        *third = highest + right * stride;
+            for (int64_t i = 0; i < layer.channels; i += LANES)
+                store(max(max(load(first + i), load(second + i)), load(third + i)), out + i);
         }
+    }
 }
 
 // Convolution without padding, PReLU, and max pooling (stride 2, side 2 or 3; 1 for none).
@@ -205,15 +224,15 @@ CPU static void run(Layer layer, const float *maps, int64_t n, int64_t height, i
     const int64_t line = across * layer.padded(), pooled_line = pooled(across) * layer.channels;
     const bool as_it_is = side == 1 && layer.channels == layer.padded();
     std::vector<float> transformed(minimal ? 16 * TILE * (layer.in + LANES) : 0);
-    std::vector<float> convolved(as_it_is ? 0 : (minimal ? down : side) * line);
+    std::vector<float> highest(line), convolved(as_it_is ? 0 : (minimal ? down : side) * line);
     for (int64_t i = 0; i < n; ++i, maps += height * width * layer.in, out += pooled(down) * pooled_line) {
         float *to = as_it_is ? out : convolved.data();
         if (minimal || as_it_is) {
             if (minimal)
-                winograd(layer, {maps, height, width}, transformed.data(), to);
+                filter(layer, {maps, height, width}, transformed.data(), to);
             else
                 convolve(layer, {maps, height, width}, to);
-            if (!as_it_is) pool(layer, {to, down, across}, side, apart, out);
+            if (!as_it_is) pool(layer, {to, down, across}, side, apart, highest.data(), out);
             continue;
         }
         int64_t done = 0;  // lines; those of one window at a time, which stay in the first cache
@@ -223,7 +242,7 @@ CPU static void run(Layer layer, const float *maps, int64_t n, int64_t height, i
             std::copy(to + apart * line, to + (apart + kept) * line, to);
             const Map left = {maps + (first + kept) * width * layer.in, last - first - kept + layer.kernel - 1, width};
             convolve(layer, left, to + kept * line);
-            pool(layer, {to, last - first, across}, side, apart, out + y * pooled_line);
+            pool(layer, {to, last - first, across}, side, apart, highest.data(), out + y * pooled_line);
             done = last;
         }
     }
@@ -299,7 +318,10 @@ CPU static void shrink(const uint8_t *image, int64_t height, int64_t width, cons
                 std::memcpy(&pixel, at, sizeof pixel);
                 sum += *share * pixel;
             }
-            for (int c = 0; c < 3; ++c) out[c] = ((whole ? std::nearbyint(sum[c]) : sum[c]) - 127.5f) * 0.0078125f;
+            if (whole)
+                for (int c = 0; c < 3; ++c) sum[c] = std::nearbyint(sum[c]);
+            sum = (sum - 127.5f) * 0.0078125f;
+            std::memcpy(out, &sum, sizeof sum);
         }
     }
 }

@@ -1,6 +1,7 @@
 """The functions in kernels.cpp, which are compiled when the project is installed."""
 
 import ctypes
+import math
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -41,7 +42,7 @@ def library() -> ctypes.CDLL | None:
 def missing() -> str | None:
     """Why there are no compiled functions; None where there are."""
     if _path() is None:
-        return "the project was installed without a C++ compiler"
+        return "kernels.cpp was not compiled when the project was installed, for want of a C++ compiler"
     return "this processor has no AVX2" if library() is None else None
 
 
@@ -52,6 +53,6 @@ def _path() -> Path | None:
 
 def room(*shape: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Memory for a result, with the lanes beyond its end that may be written, and the result as a part of it."""
-    size = int(np.prod(shape))
+    size = math.prod(shape)
     out = np.empty(size + LANES, np.float32)
     return out, out[:size].reshape(shape)

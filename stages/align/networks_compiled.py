@@ -79,6 +79,7 @@ class CompiledLayer:
         beyond = (0, -self.channels % kernels.LANES)
         self._bias = np.pad(layer.bias, beyond)
         self._slope = np.pad(np.ones_like(layer.bias) if layer.slope is None else layer.slope, beyond)
+        self._rest = self._bias.ctypes.data, self._slope.ctypes.data
 
     def __call__(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
         """Apply it.
@@ -105,8 +106,7 @@ class CompiledLayer:
             self._in,
             self.channels,
             (self._weights if minimal is None else minimal).ctypes.data,
-            self._bias.ctypes.data,
-            self._slope.ctypes.data,
+            *self._rest,
             minimal is not None,
             self._pool,
             out.ctypes.data,

@@ -91,7 +91,7 @@ def _overlaps(a: NDArray[np.float64], b: NDArray[np.float64], overlap: Overlap) 
         return np.maximum(high - low + 1, 0)
 
     both = shared(0) * shared(1)
-    area_a, area_b = (np.prod(box[..., 2:] - box[..., :2] + 1, axis=-1) for box in (a, b))
+    area_a, area_b = ((box[..., 2] - box[..., 0] + 1) * (box[..., 3] - box[..., 1] + 1) for box in (a, b))
     if overlap == "min":
         return both / np.minimum(area_a[..., :, None], area_b[..., None, :])
     return both / (area_a[..., :, None] + area_b[..., None, :] - both)

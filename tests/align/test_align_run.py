@@ -533,7 +533,7 @@ def test_without_compiled_functions_it_says_so_and_finds_the_same_faces(
     monkeypatch.setattr(stages.align.run, "run_all", lambda task, tasks, **_: [task(*one) for one in tasks])
     monkeypatch.setattr(stages.align.faces, "_detector", stages.align.faces._detector.__wrapped__)
     run(raw, tmp_path / "aligned", PARAMS, machine(1), evaluation=False, report=tmp_path / "report")
-    assert "two to three times as long as it could: the project was installed without a C++ compiler" in caplog.text
+    assert "two to three times as long as it could: kernels.cpp was not compiled" in caplog.text
     for name, row in rows(tmp_path / "aligned").items():
         expected = rows(aligned)[name]
         assert (row["status"], row["faces"]) == (expected["status"], expected["faces"])

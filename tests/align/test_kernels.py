@@ -46,4 +46,4 @@ def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(kernels, "_path", lambda: None)
     monkeypatch.setattr(kernels, "library", kernels.library.__wrapped__)
     assert kernels.library() is None
-    assert kernels.missing() == "the project was installed without a C++ compiler"
+    assert "for want of a C++ compiler" in str(kernels.missing())
