@@ -117,6 +117,7 @@ class Detector:
 
     def _look(self, name: str, threshold: float, images: Sequence[Image], candidates: _Candidates) -> _Candidates:
         """Those of the candidates that R-Net or O-Net takes for faces."""
+        candidates = candidates.take(np.flatnonzero((candidates.extent() >= 1).all(axis=1)))  # what has any pixels
         boxes = candidates.boxes.astype(np.int64) - [1, 1, 0, 0]  # counted from 1, the last pixel included
         outputs = self._networks.look(name, images, candidates.owner, boxes)
         scores = probability(outputs[:, -2:])

@@ -28,7 +28,7 @@ _PIXELS = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Pixels of scaled photographs in one forward pass of P-Net: on a CPU what its caches hold, on a GPU what fills it."""
 _CROPS = {"cpu": {"rnet": 64, "onet": 32}, "cuda": {"rnet": 4096, "onet": 2048}}
 """Candidates in one forward pass of R-Net and O-Net, for the same reasons."""
-GRAIN = 8
+_GRAIN = 8
 """Photographs of similar size share a canvas, whose sides are multiples of this, in pixels. A photograph always gets
 the same canvas, whether it shares it or not: on another, P-Net's last bits may differ."""
 
@@ -44,7 +44,7 @@ class TorchNetworks:
         """See `Networks`."""
         canvases: dict[tuple[int, int], list[int]] = {}
         for index, level in enumerate(levels):
-            height, width = (-(-side // GRAIN) * GRAIN for side in (level.height, level.width))
+            height, width = (-(-side // _GRAIN) * _GRAIN for side in (level.height, level.width))
             canvases.setdefault((height, width), []).append(index)
         found = [NO_CELLS]
         for (height, width), members in canvases.items():
@@ -56,7 +56,7 @@ class TorchNetworks:
                     owner = np.array([levels[index].owner])
                     own[:rows, :columns] = crops(images, owner, whole(images, owner), rows, columns, rounded=True)[0]
                 sizes = np.array([levels[index][1:] for index in some])
-                own = self.likely_cells(canvas, sizes, threshold)
+                own = self._likely_cells(canvas, sizes, threshold)
                 found.append(Cells(some[own.level], own.places, own.scores, own.outputs))
         return joined(found)
 
@@ -76,7 +76,7 @@ class TorchNetworks:
                 found.append(network(self._input(seen)).flatten(1)[:count].cpu().numpy())
         return np.concatenate(found)
 
-    def likely_cells(self, canvas: NDArray[np.float32], sizes: NDArray[np.intp], threshold: float) -> Cells:
+    def _likely_cells(self, canvas: NDArray[np.float32], sizes: NDArray[np.intp], threshold: float) -> Cells:
         """P-Net's outputs of at least that score on canvases (n, h, w, 3), whose pictures have `sizes` (n, 2); nothing
         beyond those changes what is within.
         """

@@ -109,7 +109,7 @@ def most_workers(device: str) -> int | None:
 
 
 def own_device(device: str) -> str:
-    """ "cpu" or "cuda", of a worker that is told that or "auto". Importing torch takes seconds, so not for a CPU."""
+    """The device, cpu or cuda, of a worker that is told that or auto. Importing torch takes seconds: not for a CPU."""
     return device if device == "cpu" else choose_device(device).type
 
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline import params
+from stages.align import mtcnn
 from stages.align.mtcnn import Detector, Faces
 from stages.align.networks import Level, Networks
 from stages.align.networks_torch import TorchNetworks
@@ -187,6 +188,15 @@ def test_the_smallest_face_may_be_a_share_of_the_photograph() -> None:
     by_share = detector(20, 100 / 480).detect([image])[0]
     assert bits(by_share) == bits(detector(100).detect([image])[0])
     assert bits(detector(100, 0.01).detect([image])[0]) == bits(by_share)
+
+
+def test_a_candidate_that_has_shrunk_to_nothing_is_no_face() -> None:
+    """As a network's offsets could have it: in half a million photographs it must not end the run."""
+    boxes = np.array([(300.0, 100, 299, 200), (185, 75, 270, 160), (300, 100, 200, 50)])
+    owners, scores = np.zeros(3, np.intp), np.ones(3, np.float32)
+    candidates = mtcnn._Candidates(owners, boxes, scores, np.zeros((3, 4), np.float32))
+    seen = detector()._look("onet", 0.7, [SCENES["whole"]], candidates)
+    assert seen.boxes.tolist() == boxes[1:2].tolist()
 
 
 @on_gpu
