@@ -49,9 +49,12 @@ def call(project: Path, *command: str, expect: int = 0) -> str:
 
 
 def clone(target: Path) -> Path:
-    """The working tree as git would clone it, with tiny parameters, as a repository of its own."""
+    """The working tree as git would clone it, with tiny parameters, as a repository of its own; with what installing it
+    compiles.
+    """
     listed = call(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
-    for name in listed:
+    compiled = [str(path.relative_to(ROOT)) for path in (ROOT / "stages" / "align").glob("_kernels.*")]
+    for name in [*listed, *compiled]:
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
