@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -40,9 +41,10 @@ from benchmarks.machine import RESULTS, hardware
 from pipeline import tables
 from pipeline.executor import prepare_worker
 from pipeline.params import Align, Detector, Face, Machine, load_params
-from stages.align import mtcnn
+from stages.align import kernels, mtcnn
 from stages.align import run as align
 from stages.align.decode import decode
+from stages.align.faces import _detector
 from stages.align.networks import POOLS, SIDES, Cells, Image, Level, Networks, layers
 from stages.align.networks_compiled import is_minimal
 from stages.align.warp import similarity, warp
@@ -341,6 +343,29 @@ def aligned_here(contents: list[bytes], min_face: int) -> None:
         pass
 
 
+def uncompiled(work: Work) -> dict[str, Any]:
+    """What ours takes without its compiled functions, where torch and OpenCV do their work, by turns with ours."""
+    contents = list(work.lfw.values())[: work.images]
+    os.sched_setaffinity(0, {CORE})
+    prepare_worker(1)
+    result: dict[str, Any] = {"photographs": len(contents), "rounds": ROUNDS}
+    for min_face in (40, 20):
+        ratios = []
+        for _ in range(ROUNDS):
+            seconds = []
+            for functions in (kernels.library, lambda: None):
+                _detector.cache_clear()
+                with patch.object(kernels, "library", functions):
+                    seconds.append(best_of(lambda by=min_face: aligned_here(contents, by), 1))
+            ratios.append(seconds[1] / seconds[0])
+        _detector.cache_clear()
+        ratios.sort()
+        median = round(float(np.median(ratios)), 2)
+        result[f"min_face_{min_face}"] = {"median": median, "min": round(ratios[0], 2), "max": round(ratios[-1], 2)}
+    os.sched_setaffinity(0, set(range(os.cpu_count() or 1)))
+    return result
+
+
 class Counting:
     """Networks, and what they are asked."""
 
@@ -598,6 +623,7 @@ SECTIONS: dict[str, Callable[[Work], dict[str, Any]]] = {
     "agreement": agreement,
     "speed": speed,
     "floor": floor,
+    "uncompiled": uncompiled,
     "mixed": mixed,
     "processes": processes,
     "growth": growth,

@@ -17,7 +17,7 @@ def crops(
     height: int,
     width: int,
     *,
-    rounded: bool,
+    rounded: bool = False,
 ) -> NDArray[np.float32]:
     """What lies in boxes, black outside the photographs, by cv2.INTER_AREA's rule.
 
@@ -67,3 +67,11 @@ def crops(
         out.ctypes.data,
     )
     return result
+
+
+def shrunk(
+    images: Sequence[NDArray[np.uint8]], owners: NDArray[np.intp], height: int, width: int
+) -> NDArray[np.float32]:
+    """Whole photographs at a size not above theirs, rounded to grey levels: (n, height, width, 3), as `crops`."""
+    boxes = np.array([(0, 0, *images[owner].shape[1::-1]) for owner in owners], np.int64)
+    return crops(images, owners, boxes, height, width, rounded=True)

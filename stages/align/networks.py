@@ -4,7 +4,7 @@ The weights are read from the `mtcnn` package, which itself is not imported, bec
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -56,9 +56,18 @@ def joined(parts: Sequence[Cells]) -> Cells:
     return Cells(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(NO_CELLS)))
 
 
-def whole(images: Sequence[Image], owners: NDArray[np.intp]) -> NDArray[np.int64]:
-    """(n, 4) the boxes, as `Networks.look` has them, that are those photographs."""
-    return np.array([(0, 0, *images[owner].shape[1::-1]) for owner in owners], np.int64).reshape(-1, 4)
+def batches(levels: Sequence[Level], grain: int, pixels: int) -> Iterator[tuple[int, int, NDArray[np.intp]]]:
+    """Levels that share a canvas whose sides are multiples of `grain`: its height and width, and their indices, so many
+    that their canvases have about `pixels` together.
+    """
+    sharing: dict[tuple[int, int], list[int]] = {}
+    for index, level in enumerate(levels):
+        height, width = (-(-side // grain) * grain for side in (level.height, level.width))
+        sharing.setdefault((height, width), []).append(index)
+    for (height, width), members in sharing.items():
+        step = max(1, pixels // (height * width))
+        for i in range(0, len(members), step):
+            yield height, width, np.array(members[i : i + step])
 
 
 class Networks(Protocol):

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.align import kernels
-from stages.align.area import crops
+from stages.align.area import crops, shrunk
 from stages.align.networks import (
     NO_CELLS,
     OUTPUTS,
@@ -16,10 +16,10 @@ from stages.align.networks import (
     Image,
     Layer,
     Level,
+    batches,
     joined,
     layers,
     probability,
-    whole,
 )
 
 _PIXELS = 1 << 16
@@ -36,19 +36,13 @@ class CompiledNetworks:
 
     def cells(self, images: Sequence[Image], levels: Sequence[Level], threshold: float) -> Cells:
         """See `Networks`."""
-        alike: dict[tuple[int, int], list[int]] = {}
-        for index, level in enumerate(levels):
-            alike.setdefault((level.height, level.width), []).append(index)
         found = [NO_CELLS]
-        for (height, width), members in alike.items():
-            step = max(1, _PIXELS // (height * width))
-            for some in (np.array(members[i : i + step]) for i in range(0, len(members), step)):
-                owners = np.array([levels[index].owner for index in some])
-                out = self._run("pnet", crops(images, owners, whole(images, owners), height, width, rounded=True))
-                likely = probability(out[..., -2:])
-                which, y, x = (likely >= threshold).nonzero()
-                places = np.stack([x, y], axis=1)
-                found.append(Cells(some[which], places, likely[which, y, x], out[which, y, x, :4]))
+        for height, width, some in batches(levels, 1, _PIXELS):
+            out = self._run("pnet", shrunk(images, np.array([levels[i].owner for i in some]), height, width))
+            likely = probability(out[..., -2:])
+            which, y, x = (likely >= threshold).nonzero()
+            places = np.stack([x, y], axis=1)
+            found.append(Cells(some[which], places, likely[which, y, x], out[which, y, x, :4]))
         return joined(found)
 
     def look(
@@ -58,7 +52,7 @@ class CompiledNetworks:
         side, step = SIDES[name], _CROPS[name]
         found = [np.empty((0, OUTPUTS[name]), np.float32)]
         for i in range(0, len(owners), step):
-            seen = crops(images, owners[i : i + step], boxes[i : i + step], side, side, rounded=False)
+            seen = crops(images, owners[i : i + step], boxes[i : i + step], side, side)
             found.append(self._run(name, seen)[:, 0, 0])
         return np.concatenate(found)
 
@@ -79,7 +73,7 @@ class CompiledLayer:
         beyond = (0, -self.channels % kernels.LANES)
         self._bias = np.pad(layer.bias, beyond)
         self._slope = np.pad(np.ones_like(layer.bias) if layer.slope is None else layer.slope, beyond)
-        self._rest = self._bias.ctypes.data, self._slope.ctypes.data
+        self._bias_and_slope = self._bias.ctypes.data, self._slope.ctypes.data
 
     def __call__(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
         """Apply it.
@@ -106,7 +100,7 @@ class CompiledLayer:
             self._in,
             self.channels,
             (self._weights if minimal is None else minimal).ctypes.data,
-            *self._rest,
+            *self._bias_and_slope,
             minimal is not None,
             self._pool,
             out.ctypes.data,

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from stages.align.area import crops
+from stages.align.area import crops, shrunk
 from stages.align.networks import (
     NO_CELLS,
     OUTPUTS,
@@ -18,10 +19,10 @@ from stages.align.networks import (
     Image,
     Layer,
     Level,
+    batches,
     joined,
     layers,
     probability,
-    whole,
 )
 
 _PIXELS = {"cpu": 1 << 16, "cuda": 1 << 24}
@@ -42,22 +43,13 @@ class TorchNetworks:
 
     def cells(self, images: Sequence[Image], levels: Sequence[Level], threshold: float) -> Cells:
         """See `Networks`."""
-        canvases: dict[tuple[int, int], list[int]] = {}
-        for index, level in enumerate(levels):
-            height, width = (-(-side // _GRAIN) * _GRAIN for side in (level.height, level.width))
-            canvases.setdefault((height, width), []).append(index)
         found = [NO_CELLS]
-        for (height, width), members in canvases.items():
-            step = max(1, _PIXELS[self._device.type] // (height * width))
-            for some in (np.array(members[i : i + step]) for i in range(0, len(members), step)):
-                canvas = np.zeros((len(some), height, width, 3), np.float32)
-                for own, index in zip(canvas, some, strict=True):
-                    _, rows, columns = levels[index]
-                    owner = np.array([levels[index].owner])
-                    own[:rows, :columns] = crops(images, owner, whole(images, owner), rows, columns, rounded=True)[0]
-                sizes = np.array([levels[index][1:] for index in some])
-                own = self._likely_cells(canvas, sizes, threshold)
-                found.append(Cells(some[own.level], own.places, own.scores, own.outputs))
+        for height, width, some in batches(levels, _GRAIN, _PIXELS[self._device.type]):
+            canvas = np.zeros((len(some), height, width, 3), np.float32)
+            for own, (owner, rows, columns) in zip(canvas, (levels[i] for i in some), strict=True):
+                own[:rows, :columns] = shrunk(images, np.array([owner]), rows, columns)[0]
+            cells = self._likely_cells(canvas, np.array([levels[i][1:] for i in some]), threshold)
+            found.append(replace(cells, level=some[cells.level]))
         return joined(found)
 
     def look(
@@ -68,7 +60,7 @@ class TorchNetworks:
         network = self._networks[name]
         found = [np.empty((0, OUTPUTS[name]), np.float32)]
         for i in range(0, len(owners), step):
-            seen = crops(images, owners[i : i + step], boxes[i : i + step], side, side, rounded=False)
+            seen = crops(images, owners[i : i + step], boxes[i : i + step], side, side)
             count = len(seen)
             if self._device.type == "cpu":  # where the last bits may depend on how many there are
                 seen = np.concatenate([seen, np.zeros((step - count, *seen.shape[1:]), np.float32)])
