@@ -18,7 +18,7 @@ from tests.work import HERE
 
 ROOT = Path(__file__).parents[1]
 FACE = Face(width=112, margin=0, quality=95)
-NARROW = partial(improved_residual, (1, 1, 1), channels=(16, 16, 32, 64), stem_stride=2)
+NARROW = partial(improved_residual, (1, 1, 1), channels=(16, 32, 64), strides=(2, 2, 2), stem=((16, 2),))
 """A smaller network than `small`, where what is asked is the same of any with batch normalisation and convolutions."""
 NO_AUGMENTATION: dict[str, Any] = {
     "horizontal_flip": 0.0,

@@ -83,17 +83,28 @@ class ImprovedUnit(nn.Module):
 
     As published by ArcFace's authors: BN, conv, BN, PReLU, conv (of the stride), BN. `early` is the variant of public
     PyTorch code that calls itself IR-50 and IR-SE-50: no BN between conv and PReLU, and a shortcut that only takes
-    every so many pixels where the channels stay.
+    every so many pixels where the channels stay. With `stride_first` the first convolution has the stride, and so a
+    quarter of the arithmetic.
     """
 
-    def __init__(self, before: int, channels: int, stride: int, *, early: bool = False, squeeze: bool = False) -> None:
+    def __init__(
+        self,
+        before: int,
+        channels: int,
+        stride: int,
+        *,
+        early: bool = False,
+        squeeze: bool = False,
+        stride_first: bool = False,
+    ) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.BatchNorm2d(before), nn.Conv2d(before, channels, 3, padding=1, bias=False)]
+        first, second = (stride, 1) if stride_first else (1, stride)
+        layers: list[nn.Module] = [nn.BatchNorm2d(before), nn.Conv2d(before, channels, 3, first, 1, bias=False)]
         if not early:
             layers.append(nn.BatchNorm2d(channels))
         layers += [
             nn.PReLU(channels),
-            nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False),
+            nn.Conv2d(channels, channels, 3, second, 1, bias=False),
             nn.BatchNorm2d(channels),
         ]
         if squeeze:
@@ -117,36 +128,39 @@ def improved_residual(
     embedding: int,
     width: int,
     *,
-    channels: tuple[int, ...] = (64, 64, 128, 256, 512),
-    stem_stride: int = 1,
+    channels: tuple[int, ...] = (64, 128, 256, 512),
+    strides: tuple[int, ...] = (2, 2, 2, 2),
+    stem: tuple[tuple[int, int], ...] = ((64, 1),),
     dropout: float = 0.0,
     early: bool = False,
     squeeze: bool = False,
+    stride_first: bool = False,
 ) -> nn.Module:
     """IR networks (Deng et al., ArcFace, CVPR 2019, section 3.1, "L-ResNet50E-IR"): stem, units, BN-dropout-FC-BN.
 
     Args:
-        units: residual units of each stage; the first unit of a stage halves the resolution.
+        units: residual units of each stage.
         embedding: D.
         width: of the faces, pixels: 112 or 96.
-        channels: of the stem, then of each stage.
-        stem_stride: 1 as published; 2 quarters the arithmetic, for CPUs.
+        channels: of each stage.
+        strides: of the first unit of each stage.
+        stem: channels and stride of each of its convolutions.
         dropout: before the fully connected layer.
         early: the units' variant, see ImprovedUnit.
         squeeze: squeeze-and-excitation in each unit.
+        stride_first: another variant of the units.
     """
-    stem, *rest = channels
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, stem, 3, stride=stem_stride, padding=1, bias=False),
-        nn.BatchNorm2d(stem),
-        nn.PReLU(stem),
-    ]
-    before = stem
-    for count, after in zip(units, rest, strict=True):
-        for stride in (2, *[1] * (count - 1)):
-            layers.append(ImprovedUnit(before, after, stride, early=early, squeeze=squeeze))
+    layers: list[nn.Module] = []
+    before = 3
+    for after, stride in stem:
+        layers += _convolution(before, after, 3, stride=stride)
+        before = after
+    for count, after, first in zip(units, channels, strides, strict=True):
+        for stride in (first, *[1] * (count - 1)):
+            unit = ImprovedUnit(before, after, stride, early=early, squeeze=squeeze, stride_first=stride_first)
+            layers.append(unit)
             before = after
-    reduced = stem_stride * 2 ** len(units)
+    reduced = math.prod(strides) * math.prod(stride for _, stride in stem)
     features = before * (112 // reduced) * (width // reduced)
     layers += [nn.BatchNorm2d(before), nn.Dropout(dropout), nn.Flatten(), nn.Linear(features, embedding)]
     layers.append(nn.BatchNorm1d(embedding))
@@ -217,13 +231,21 @@ BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {
     "irse50": partial(improved_residual, (3, 4, 14, 3), dropout=0.4, early=True, squeeze=True),
     # ArcFace's
     "iresnet18": partial(improved_residual, (2, 2, 2, 2)),
-    "iresnet18-quarter": partial(improved_residual, (2, 2, 2, 2), channels=(16, 16, 32, 64, 128)),  # of its width
+    # ... of a quarter of its width
+    "iresnet18-quarter": partial(improved_residual, (2, 2, 2, 2), channels=(16, 32, 64, 128), stem=((16, 1),)),
     "iresnet34": partial(improved_residual, (3, 4, 6, 3)),
     "iresnet50": partial(improved_residual, (3, 4, 14, 3)),
     "iresnet100": partial(improved_residual, (3, 13, 30, 3)),
     "mobilefacenet": mobile_face_net,
-    # our own, for CPUs: three stages of an IR network behind a stem of stride 2
-    "small": partial(improved_residual, (2, 2, 2), channels=(24, 32, 64, 128), stem_stride=2),
+    # our own, for CPUs: narrow, at 28×28 pixels after the second convolution, and with less arithmetic where it halves
+    "small": partial(
+        improved_residual,
+        (1, 2, 2),
+        channels=(32, 64, 128),
+        strides=(1, 2, 2),
+        stem=((24, 2), (32, 2)),
+        stride_first=True,
+    ),
 }
 
 

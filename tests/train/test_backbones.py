@@ -182,11 +182,19 @@ def squeezed(layers: Layers, x: Tensor) -> Tensor:
     return x * layers.conv(layers.conv(x.mean(dim=(2, 3), keepdim=True)).relu()).sigmoid()
 
 
-def improved_unit(layers: Layers, x: Tensor, channels: int, stride: int, early: bool, squeeze: bool) -> Tensor:
+def improved_unit(
+    layers: Layers,
+    x: Tensor,
+    channels: int,
+    stride: int,
+    early: bool = False,
+    squeeze: bool = False,
+    stride_first: bool = False,
+) -> Tensor:
     """ArcFace, section 3.1: BN-Conv-BN-PReLU-Conv-BN, and the public PyTorch networks without the BN in the middle."""
-    inner = layers.conv(layers.norm(x))
+    inner = layers.conv(layers.norm(x), stride if stride_first else 1)
     inner = layers.prelu(inner if early else layers.norm(inner))
-    inner = layers.norm(layers.conv(inner, stride))
+    inner = layers.norm(layers.conv(inner, 1 if stride_first else stride))
     if squeeze:
         inner = squeezed(layers, inner)
     if x.shape[1] != channels or (stride != 1 and not early):
@@ -214,16 +222,23 @@ def improved_network(
     layers: Layers,
     x: Tensor,
     units: tuple[int, ...],
-    channels: tuple[int, ...] = (64, 128, 256, 512),
-    stem_stride: int = 1,
     early: bool = False,
     squeeze: bool = False,
 ) -> Tensor:
     """ArcFace, section 3.1: stem Conv-BN-PReLU, stages whose first unit has stride 2, BN-Dropout-FC-BN."""
-    x = layers.prelu(layers.norm(layers.conv(x, stem_stride)))
-    for count, of_stage in zip(units, channels, strict=True):
+    x = layers.prelu(layers.norm(layers.conv(x)))
+    for count, channels in zip(units, (64, 128, 256, 512), strict=True):
         for i in range(count):
-            x = improved_unit(layers, x, of_stage, 1 if i else 2, early, squeeze)
+            x = improved_unit(layers, x, channels, 1 if i else 2, early, squeeze)
+    return layers.norm(layers.linear(layers.norm(x).flatten(1)))
+
+
+def small_network(layers: Layers, x: Tensor) -> Tensor:
+    """Two convolutions to 28×28; units whose first convolution has the stride."""
+    for _ in range(2):
+        x = layers.prelu(layers.norm(layers.conv(x, 2)))
+    for channels, stride in ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
+        x = improved_unit(layers, x, channels, stride, stride_first=True)
     return layers.norm(layers.linear(layers.norm(x).flatten(1)))
 
 
@@ -252,6 +267,13 @@ UNITS: dict[str, tuple[Callable[[], nn.Module], Forward]] = {
         for early, squeeze in ((False, False), (True, False), (True, True))
     },
     **{
+        f"improved {before}-{after}, stride {stride} first": (
+            partial(ImprovedUnit, before, after, stride, stride_first=True),
+            partial(improved_unit, channels=after, stride=stride, stride_first=True),
+        )
+        for before, after, stride in ((16, 16, 1), (16, 32, 2))
+    },
+    **{
         f"bottleneck {before}-{after}, stride {stride}": (
             partial(Bottleneck, before, after, stride, 2),
             partial(bottleneck, channels=after, stride=stride),
@@ -266,7 +288,7 @@ NETWORKS: dict[str, Forward] = {
     "irse50": partial(improved_network, units=(3, 4, 14, 3), early=True, squeeze=True),
     "iresnet18": partial(improved_network, units=(2, 2, 2, 2)),
     "mobilefacenet": mobile_network,
-    "small": partial(improved_network, units=(2, 2, 2), channels=(32, 64, 128), stem_stride=2),
+    "small": small_network,
 }
 
 
@@ -335,22 +357,27 @@ def test_ir50_has_the_published_layers(name: str, squeeze: bool) -> None:
 
 
 def test_operations_of_a_convolution_by_hand() -> None:
-    """small: its stem has 56·56 outputs of 24 channels, each of 27 products; twice that are its operations."""
+    """small: its first layer has 56·56 outputs of 24 channels, each of 27 products; twice that are its operations."""
     section = Backbone(name="small", width=112, embedding=256)
-    stem = 2 * 56 * 56 * 24 * 27
-    units, before, side = 0, 24, 56
-    for channels in (32, 64, 128):
-        half = side // 2
-        units += 2 * 9 * (before * channels * side**2 + channels**2 * half**2 + 2 * channels**2 * half**2)
-        units += 2 * before * channels * half**2
-        before, side = channels, half
+    stem = 2 * (56 * 56 * 24 * 27 + 28 * 28 * 32 * 9 * 24)
+    units = 2 * 9 * 2 * 32**2 * 28**2
+    for before, channels, side in ((32, 64, 14), (64, 128, 7)):
+        units += 2 * 9 * (before * channels + 3 * channels**2) * side**2
+        units += 2 * before * channels * side**2
     assert forward_flops(section) == stem + units + 2 * 128 * 7 * 7 * 256
 
 
 def test_recomputing_activations_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss, gradients and running statistics to the bit, dropout included; of a narrow IR network."""
     narrow = partial(
-        improved_residual, (1, 2, 1), channels=(16, 16, 32, 32), stem_stride=2, dropout=0.4, early=True, squeeze=True
+        improved_residual,
+        (1, 2, 1),
+        channels=(16, 32, 32),
+        strides=(2, 2, 2),
+        stem=((16, 2),),
+        dropout=0.4,
+        early=True,
+        squeeze=True,
     )
     monkeypatch.setitem(BACKBONES, "small", narrow)
     images = torch.randint(0, 256, (4, 3, 112, 112), dtype=torch.uint8)

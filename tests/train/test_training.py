@@ -1140,7 +1140,7 @@ def test_other_arithmetic_learns_alike(
 ) -> None:
     """The same start to rounding, and something learnt in the end."""
     losses = []
-    narrower = partial(backbones.improved_residual, (1, 1), channels=(16, 16, 16), stem_stride=2)
+    narrower = partial(backbones.improved_residual, (1, 1), channels=(16, 16), strides=(2, 2), stem=((16, 2),))
     monkeypatch.setitem(backbones.BACKBONES, "small", narrower)
     short = {"log_every": 1, "schedule": {"name": "polynomial", "iterations": 8, "warmup": 1, "power": 1.0}}
     for name, params in (("plain", changed(tiny, **short)), ("changed", changed(tiny, **short, **changes))):
