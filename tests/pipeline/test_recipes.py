@@ -31,7 +31,7 @@ def test_every_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     params, cpu = load_params(RECIPES / f"{name}.yaml"), torch.device("cpu")
     section, face = params.train.model_copy(update={"batch": 32, "compile": False}), params.align.face
     if section.precision == "bf16":  # which most CPUs emulate: of the whole network a step takes half a minute
-        narrower = partial(backbones.improved_residual, (1, 1, 1, 1), channels=(16, 16, 16, 32, 32))
+        narrower = partial(backbones.improved_residual, (1, 1, 1, 1), channels=(16, 16, 32, 32), stem=((16, 1),))
         monkeypatch.setitem(backbones.BACKBONES, section.backbone.name, narrower)
     monkeypatch.setattr(loader, "_TOGETHER", 32)
     made = shard_section(validation={"by": "image", "share": 0.0, "pairs": 0})

@@ -23,7 +23,16 @@ slow = pytest.mark.skipif(
 )
 NARROW = {
     "sphere20": partial(sphere, (1, 0, 0, 0)),
-    "irse50": partial(improved_residual, (1, 1), channels=(16, 16, 16), dropout=0.4, early=True, squeeze=True),
+    "irse50": partial(
+        improved_residual,
+        (1, 1),
+        channels=(16, 16),
+        strides=(2, 2),
+        stem=((16, 1),),
+        dropout=0.4,
+        early=True,
+        squeeze=True,
+    ),
 }
 """Of the families that are not among the quick ones."""
 
