@@ -3,7 +3,7 @@
 Runs every stage of this folder's params.yaml anew, one after the other by `dvc repro --single-item --force` (deleting
 the checkpoints in this folder), and keeps the result as benchmarks/results/graph-NAME.json. Seconds are wall-clock and
 include DVC's hashing; memory is the largest sum over all processes of a stage of what each has to itself (unique set
-size), sampled ten times a second, or as often as takes 2 % of a core: of processes with much memory a sample takes long.
+size), sampled ten times a second, or as often as takes 2 % of a core: it takes long where processes have much memory.
 """
 
 import argparse
