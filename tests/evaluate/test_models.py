@@ -11,14 +11,14 @@ import torch
 from pipeline.tracking import model_digest
 from stages.evaluate.models import load_embedder
 from stages.train.model import ModelError, load_model
-from tests.evaluate.conftest import Workspace
+from tests.evaluate.conftest import BACKBONE, Workspace
 
 CPU = torch.device("cpu")
 
 
 def test_a_folder_is_its_model(workspace: Workspace) -> None:
     found = load_embedder(workspace.models, CPU)
-    assert (found.name, found.width, found.length) == (str(workspace.models), 112, 8)
+    assert (found.name, found.width, found.length) == (str(workspace.models), 112, BACKBONE.embedding)
     assert found.digest == model_digest(workspace.models)
     images = torch.randint(0, 256, (3, 3, 112, 112), dtype=torch.uint8)
     with torch.inference_mode():
