@@ -13,8 +13,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model as load_tensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -136,17 +135,30 @@ def load_model(folder: Path, device: torch.device) -> FaceModel:
     """The trained model of a folder, in evaluation mode.
 
     Raises:
-        ModelError: model.json or backbone.safetensors is absent or does not belong to this code.
+        ModelError: model.json or backbone.safetensors is absent, is none, or has not the weights of the network that
+            it names.
         OSError: one of them may not be read.
     """
     try:
         description = json.loads((folder / "model.json").read_text())
-        model = build_model(Backbone.model_validate(description["backbone"]))
+        params = Backbone.model_validate(description["backbone"])
         weights = folder / "backbone.safetensors"
         weights.open("rb").close()  # safetensors calls any file absent that it cannot open, and does not name it
-        load_tensors(model.backbone, weights)
+        tensors = load_file(weights)
     except FileNotFoundError as error:
         raise ModelError(f"{error.filename}: no such file; `dvc repro train` makes it") from error
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder}: not a model of this pipeline: {error}") from error
+    model = build_model(params)
+    found, wanted = (
+        {name: tuple(tensor.shape) for name, tensor in each.items()} for each in (tensors, model.backbone.state_dict())
+    )
+    unlike = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
+    if unlike:
+        raise ModelError(
+            f"{weights}: not the weights of {params.name} with an embedding of {params.embedding}, as model.json has "
+            f"it: {len(unlike)} of {len(found | wanted)} tensors are absent, unknown or of another shape, {unlike[0]} "
+            "among them. Where the network has changed since, `dvc repro train` trains anew"
+        )
+    model.backbone.load_state_dict(tensors)
     return model.to(device).eval()

@@ -45,10 +45,17 @@ def test_what_is_wrong_with_a_model_is_said(tmp_path: Path) -> None:
         load_model(tmp_path, CPU)
     backbone = Backbone(name="small", width=112, embedding=16)
     save_model(tmp_path, build_model(backbone), CosFace(3, 16, 64.0, 0.35), {"backbone": backbone.model_dump()})
-    (tmp_path / "model.json").write_text(json.dumps({"backbone": {"name": "small", "width": 112, "embedding": 32}}))
-    with pytest.raises(ModelError, match="not a model of this pipeline"):
-        load_model(tmp_path, CPU)
     weights = tmp_path / "backbone.safetensors"
+    # the last layer's weights and biases, and the four of the normalisation after it that are of the embedding's length
+    (tmp_path / "model.json").write_text(json.dumps({"backbone": {"name": "small", "width": 112, "embedding": 32}}))
+    with pytest.raises(ModelError, match=rf"^{weights}: not the weights of small with an embedding of 32.*: 6 of "):
+        load_model(tmp_path, CPU)
+    (tmp_path / "model.json").write_text(json.dumps({"backbone": {"name": "smell", "width": 112, "embedding": 16}}))
+    with pytest.raises(ModelError, match=r"not a model of this pipeline: (.|\n)*smell"):
+        load_model(tmp_path, CPU)
+    (tmp_path / "model.json").write_text(json.dumps({"backbone": {"name": "sphere20", "width": 112, "embedding": 16}}))
+    with pytest.raises(ModelError, match="not the weights of sphere20"):
+        load_model(tmp_path, CPU)
     weights.write_bytes(b"not weights")
     with pytest.raises(ModelError, match="not a model of this pipeline"):
         load_model(tmp_path, CPU)
