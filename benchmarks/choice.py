@@ -30,6 +30,7 @@ from pipeline.progress import configure_logging
 from stages.evaluate.scoring import unit
 from stages.evaluate.verification import threshold_at
 from stages.shard.reader import Shards
+from stages.train.backbones import forward_flops
 from stages.train.checkpoint import Checkpoints
 from stages.train.loader import Loader, loader_processes, validation_batches
 from stages.train.loop import Training, begin, train
@@ -105,6 +106,7 @@ def tried(params: Params, work: Path) -> dict[str, Any]:
     shutil.rmtree(checkpoints.folder)
     return {
         "params": distinctive(params),
+        "mflop_a_face": round(forward_flops(params.train.backbone) / 1e6),
         "training": {
             "people": int(people),
             "images": len(split),
@@ -138,7 +140,7 @@ def main() -> None:
         whole = json.loads(RESULT.read_text()) if RESULT.exists() else {"trials": {}}
         whole["trials"][arguments.name] = {"machine": hardware(), "versions": {"torch": version("torch")}} | trial
         with tables.atomic(RESULT) as path:
-            path.write_text(json.dumps(whole, indent=2) + "\n")
+            path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     print(json.dumps(trial), flush=True)
 
 
