@@ -41,6 +41,7 @@ from stages.evaluate.embed import embed_set
 from stages.evaluate.models import load_embedder
 from stages.shard import run as shard
 from stages.shard.reader import Shards
+from stages.train.backbones import forward_flops
 from stages.train.checkpoint import Checkpoints
 from stages.train.loader import Loader, loader_processes
 from stages.train.loop import begin, train
@@ -192,6 +193,7 @@ def run(name: str, params: Params, work: Path, out: Path) -> None:
         "name": name,
         "fingerprint": identity(params),
         "params": distinctive(params),
+        "mflop_a_face": round(forward_flops(params.train.backbone) / 1e6),
         "iterations": params.train.schedule.iterations,
         "training_images": len(split),
         "identities": classes,
